@@ -1,0 +1,140 @@
+"""The same losses from hidden states and the head's weight: make the logits, then as before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_losses.reference import losses, pairs
+from fused_losses.reference import stats as statistics
+from fused_losses.reference.rows import linear_logits
+from fused_losses.stats import TokenStats
+
+
+def linear_mle_loss(input: Tensor, linear_weight: Tensor, target: Tensor, **options: Any) -> Tensor:
+    """``mle_loss`` of ``input @ linear_weight.T + linear_bias``.
+
+    Args:
+        input: (..., D) hidden states.
+        linear_weight: (V, D), the head's weight.
+        target: (...), int64 or int32.
+        **options: ``linear_bias`` (V,), those of ``mle_loss``, and ``workspace_bytes``,
+            ``accum_dtype``, ``logits_dtype``, which have no effect here.
+
+    Returns:
+        As ``mle_loss``; gradients reach input, weight and bias.
+    """
+    logits, options = _logits(input, linear_weight, target, **options)
+    return losses.mle_loss(logits, target, **options)
+
+
+def linear_pearson_loss(
+    input: Tensor, linear_weight: Tensor, target: Tensor, ref_logps: Tensor | None, **options: Any
+) -> Tensor:
+    """``pearson_loss`` of a linear head; arguments as in ``linear_mle_loss``."""
+    logits, options = _logits(input, linear_weight, target, **options)
+    return losses.pearson_loss(logits, target, ref_logps, **options)
+
+
+def linear_hellinger_loss(
+    input: Tensor, linear_weight: Tensor, target: Tensor, ref_logps: Tensor | None, **options: Any
+) -> Tensor:
+    """``hellinger_loss`` of a linear head; arguments as in ``linear_mle_loss``."""
+    logits, options = _logits(input, linear_weight, target, **options)
+    return losses.hellinger_loss(logits, target, ref_logps, **options)
+
+
+def linear_token_loss(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    ref_logps: Tensor | None = None,
+    **options: Any,
+) -> Tensor:
+    """``token_loss`` of a linear head; arguments as in ``linear_mle_loss``."""
+    logits, options = _logits(input, linear_weight, target, **options)
+    return losses.token_loss(logits, target, ref_logps, **options)
+
+
+def linear_dpo_loss(
+    input: Tensor, linear_weight: Tensor, target: Tensor, ref_logps: Tensor | None, **options: Any
+) -> Tensor:
+    """``dpo_loss`` of a linear head; arguments as in ``linear_mle_loss``."""
+    logits, options = _logits(input, linear_weight, target, **options)
+    return pairs.dpo_loss(logits, target, ref_logps, **options)
+
+
+def linear_token_stats(
+    input: Tensor, linear_weight: Tensor, target: Tensor, **options: Any
+) -> TokenStats:
+    """``token_stats`` of a linear head; arguments as in ``linear_mle_loss``."""
+    logits, options = _logits(input, linear_weight, target, **options)
+    return statistics.token_stats(logits, target, **options)
+
+
+def linear_loss(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    loss_fn: Callable[[TokenStats, Tensor], Tensor],
+    *,
+    units: Tensor | None = None,
+    **options: Any,
+) -> Tensor:
+    """Apply a loss of your own to the statistics of all counted tokens.
+
+    ``loss_fn`` is called once, with everything; the fused form calls it on some whole units at a
+    time, so the two agree if it is additive over units. Here autograd also reaches tensors that
+    ``loss_fn`` captures, which the fused form takes as constants.
+
+    Args:
+        input: (..., D) hidden states.
+        linear_weight: (V, D), the head's weight.
+        target: (...), int64 or int32.
+        loss_fn: ``(stats, rows) -> 0-d tensor``: 1-D ``TokenStats`` over the counted tokens,
+            ordered by unit and then by position, and their flat int64 positions in target.
+        units: Integer tensor of target's shape, each token's unit. None: every token its own.
+        **options: ``entropy=False``, ``linear_bias``, and those of ``linear_token_stats``.
+
+    Returns:
+        What ``loss_fn`` returned; 0.0 attached to the graph, without calling it, if nothing counts.
+    """
+    logits, options = _logits(input, linear_weight, target, **options)
+    rows, stats = statistics.counted_stats(logits, target, **options)
+    if units is not None:
+        if units.shape != target.shape:
+            raise ValueError(
+                f"units must have target's shape {tuple(target.shape)}, got {tuple(units.shape)}"
+            )
+        order = units.reshape(-1)[rows].argsort(stable=True)
+        rows, stats = rows[order], statistics.apply(lambda x: x[order], stats)
+    if not len(rows):
+        return stats.logps.sum()
+    loss = loss_fn(stats, rows)
+    if not isinstance(loss, Tensor) or loss.dim() != 0:
+        got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise ValueError(f"loss_fn must return a 0-d tensor, got {got}")
+    return loss
+
+
+def _logits(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    workspace_bytes: int | None = None,
+    accum_dtype: torch.dtype = torch.float32,
+    logits_dtype: torch.dtype | None = None,
+    **options: Any,
+) -> tuple[Tensor, dict[str, Any]]:
+    """Make the logits and drop the options that belong to the product."""
+    if "inplace" in options:
+        raise TypeError(
+            "inplace belongs to the functions of logits; a linear head has none to overwrite"
+        )
+    ignore_index, shift = options.get("ignore_index", -100), options.get("shift", False)
+    return linear_logits(input, linear_weight, target, linear_bias, ignore_index, shift), options

@@ -1,0 +1,92 @@
+"""What a backend is: three row passes over tensors, and the two sets of options they read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from fused_losses.token_losses import TokenLoss
+
+
+@dataclass(frozen=True)
+class RowMaths:
+    """The transform of a row, ``z = softcap(scale * raw) / temperature``."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+    temperature: float = 1.0
+
+    @property
+    def pre(self) -> float:
+        """Factor on the raw logits: ``z = pre * raw``, or ``cap * tanh(pre * raw)``."""
+        return self.scale / (self.temperature if self.softcap is None else self.softcap)
+
+    @property
+    def cap(self) -> float | None:
+        """Bound of |z|, None without softcap."""
+        return None if self.softcap is None else self.softcap / self.temperature
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A token loss with its constants: what turns a row's log-prob into loss and weight."""
+
+    loss: TokenLoss
+    beta: float = 1.0
+    max_weight: float = 4.0
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+
+
+class Backend(Protocol):
+    """The row passes. ``rows`` is the (LINES, N) tensor of ``fused_losses_kernels.lines``.
+
+    Rows whose label is ``ignore_index`` get 0 everywhere; rows with a label outside [0, V) get NaN.
+    Logits are (N, V), or (B, T, V) with N = B * T, of any strides; ``y`` is (N,) and contiguous.
+    """
+
+    name: str
+
+    def row_pass(
+        self,
+        z: Tensor,
+        y: Tensor,
+        rows: Tensor,
+        *,
+        maths: RowMaths,
+        ignore_index: int,
+        objective: Objective | None = None,
+        ref: Tensor | None = None,
+        value: Tensor | None = None,
+        row_weight: Tensor | None = None,
+        dz: Tensor | None = None,
+        entropy: bool = False,
+        top1: bool = False,
+        overwrite: bool = False,
+    ) -> None:
+        """Fill ``rows`` from one read of z; with ``dz`` (N, V), also row_weight * d loss / d z.
+
+        ENTROPY and TOP1 are 0 unless asked for. ``dz`` may be z itself. ``overwrite`` allows the
+        pass to use z as its scratch memory.
+        """
+
+    def row_gradient(
+        self,
+        z: Tensor,
+        y: Tensor,
+        rows: Tensor,
+        *,
+        maths: RowMaths,
+        ignore_index: int,
+        dlogp: Tensor,
+        dlse: Tensor | None = None,
+        dmean: Tensor | None = None,
+        dentropy: Tensor | None = None,
+        dz: Tensor,
+    ) -> None:
+        """Fill ``dz`` (z's shape, contiguous rows, maybe z) from per-row coefficients (N,)."""
+
+    def segment_sum(self, x: Tensor, offsets: Tensor) -> Tensor:
+        """Return the sums of ``x[offsets[i] : offsets[i + 1]]``, deterministically."""

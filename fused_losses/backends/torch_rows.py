@@ -1,0 +1,246 @@
+"""The row passes in plain torch, for CPUs and whatever Triton does not serve.
+
+The same algorithm as the kernels, a few rows at a time: a block of rows is read from memory once
+and all elementwise steps run while it sits in the cache. That, and not the number of steps, is what
+makes it as fast as torch's fused log-softmax on a CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from fused_losses.backends.base import Objective, RowMaths
+from fused_losses_kernels import lines
+
+name = "torch"
+
+# Scratch per block of rows: small enough for the cache, large enough for torch to use its threads.
+_BLOCK_BYTES = 2 * 2**20
+
+
+def row_pass(
+    z: Tensor,
+    y: Tensor,
+    rows: Tensor,
+    *,
+    maths: RowMaths,
+    ignore_index: int,
+    objective: Objective | None = None,
+    ref: Tensor | None = None,
+    value: Tensor | None = None,
+    row_weight: Tensor | None = None,
+    dz: Tensor | None = None,
+    entropy: bool = False,
+    top1: bool = False,
+    overwrite: bool = False,
+) -> None:
+    """See :class:`fused_losses.backends.Backend`."""
+    overwrite = overwrite or (dz is not None and dz.data_ptr() == z.data_ptr())
+    for block, at in _row_blocks(z, rows.dtype):
+        out, yb = rows[:, at], y[at]
+        ignored = yb == ignore_index
+        E = _transformed(block, maths, rows.dtype, overwrite)
+        jacobian = _jacobian(E, maths) if dz is not None else None
+        mean = E.mean(1) if objective is not None and objective.label_smoothing else None
+        _exponentiate(E, yb, out, entropy=entropy, top1=top1)
+        if objective is None:
+            out[[lines.LOSS, lines.DLOGP, lines.DLSE]] = 0.0
+        else:
+            _token_loss(
+                out,
+                objective,
+                ref=None if ref is None else ref[at],
+                value=None if value is None else value[at],
+                mean=mean,
+            )
+        if dz is not None and objective is not None and row_weight is not None:
+            w = row_weight[at].to(rows.dtype)
+            smoothing = objective.label_smoothing
+            _scale_to_gradient(
+                E,
+                yb,
+                out,
+                dlogp=w * out[lines.DLOGP],
+                dlse=w * out[lines.DLSE] if smoothing or objective.z_loss else None,
+                dmean=-smoothing * w if smoothing else None,
+            )
+            _store(E, dz[at], ignored, maths, jacobian)
+        # Not a product with a mask: NaN in an ignored row must not get out.
+        out.masked_fill_(ignored, 0.0)
+
+
+def row_gradient(
+    z: Tensor,
+    y: Tensor,
+    rows: Tensor,
+    *,
+    maths: RowMaths,
+    ignore_index: int,
+    dlogp: Tensor,
+    dlse: Tensor | None = None,
+    dmean: Tensor | None = None,
+    dentropy: Tensor | None = None,
+    dz: Tensor,
+) -> None:
+    """See :class:`fused_losses.backends.Backend`."""
+    overwrite = dz.data_ptr() == z.data_ptr()
+    targets = (block for block, _ in _row_blocks(dz, rows.dtype))
+    for (block, at), target in zip(_row_blocks(z, rows.dtype), targets, strict=True):
+        out, yb = rows[:, at], y[at]
+        E = _transformed(block, maths, rows.dtype, overwrite)
+        jacobian = _jacobian(E, maths)
+        E.sub_(out[lines.SHIFT, :, None])
+        surprise = None
+        if dentropy is not None:
+            surprise = E + (out[lines.ENTROPY] - out[lines.SUM].log())[:, None]
+        E.exp_()
+        _scale_to_gradient(
+            E,
+            yb,
+            out,
+            dlogp=dlogp[at].to(rows.dtype),
+            dlse=None if dlse is None else dlse[at].to(rows.dtype),
+            dmean=None if dmean is None else dmean[at].to(rows.dtype),
+            dentropy=None if dentropy is None else dentropy[at].to(rows.dtype),
+            surprise=surprise,
+        )
+        _store(E, target, yb == ignore_index, maths, jacobian)
+
+
+def segment_sum(x: Tensor, offsets: Tensor) -> Tensor:
+    """See :class:`fused_losses.backends.Backend`; summed in fp64, so the order does not show."""
+    return torch.segment_reduce(x.double(), "sum", offsets=offsets, initial=0.0).to(x.dtype)
+
+
+def _row_blocks(z: Tensor, dtype: torch.dtype) -> Iterator[tuple[Tensor, slice]]:
+    """Yield blocks (R, V) of z's rows as views, with the rows' places in the flat order."""
+    V = z.shape[-1]
+    R = max(1, _BLOCK_BYTES // (V * dtype.itemsize))
+    # Batches are walked one by one: flattening a strided (B, T, V) would copy it.
+    first = 0
+    for part in (z,) if z.dim() == 2 else z.unbind(0):
+        for start in range(0, part.shape[0], R):
+            block = part[start : start + R]
+            yield block, slice(first + start, first + start + block.shape[0])
+        first += part.shape[0]
+
+
+def _transformed(block: Tensor, maths: RowMaths, dtype: torch.dtype, overwrite: bool) -> Tensor:
+    """Transform a block in ``dtype``, in fresh memory unless overwriting."""
+    x = block if overwrite and block.dtype == dtype else block.to(dtype, copy=True)
+    if maths.pre != 1.0:
+        x.mul_(maths.pre)
+    if maths.cap is not None:
+        x.tanh_().mul_(maths.cap)
+    return x
+
+
+def _jacobian(x: Tensor, maths: RowMaths) -> Tensor | None:
+    """Return d x / d raw divided by its constant factor, or None where that is all."""
+    return None if maths.cap is None else x.div(maths.cap).square_().neg_().add_(1.0)
+
+
+def _exponentiate(x: Tensor, y: Tensor, out: Tensor, *, entropy: bool, top1: bool) -> None:
+    """Turn x (R, V) into exp(x - shift), the target's entry into 0, and fill the statistics."""
+    V = x.shape[1]
+    good = (y >= 0) & (y < V)
+    at_y = torch.where(good, y, 0).to(torch.int64)[:, None]
+    shift = x.amax(1)
+    x_y = x.gather(1, at_y)[:, 0]
+    out[lines.TOP1] = x.argmax(1) == at_y[:, 0] if top1 else 0.0
+    shift = torch.where(shift == -torch.inf, 0.0, shift)
+    x_y = torch.where(good, x_y, torch.nan) - shift
+    x.sub_(shift[:, None]).exp_()
+    e_log = torch.special.xlogy(x, x).sum(1) if entropy else None
+    x.scatter_(1, at_y, 0.0)
+    e_y, s_rest = x_y.exp(), x.sum(1)
+    s = s_rest + e_y
+    log_s = s.log()
+    # The first form is exact for confident targets; its quotient overflows for hopeless ones.
+    confident = e_y * 1024.0 > s_rest
+    odds = s_rest / torch.where(confident, e_y, 1.0)
+    out[lines.LOGP] = torch.where(confident, -torch.log1p(odds), x_y - log_s)
+    out[lines.LSE] = shift + log_s
+    out[lines.ENTROPY] = 0.0 if e_log is None else log_s - e_log / s
+    out[lines.TOP1].masked_fill_(~good | s.isnan(), 0.0)
+    out[lines.SHIFT] = shift
+    out[lines.SUM] = s
+    out[lines.REST] = s_rest / s
+
+
+def _token_loss(
+    out: Tensor, o: Objective, *, ref: Tensor | None, value: Tensor | None, mean: Tensor | None
+) -> None:
+    """Fill loss, d loss / d logp and d loss / d lse: equations (5)-(7) and the extra terms."""
+    logp, lse = out[lines.LOGP], out[lines.LSE]
+    r = logp if ref is None else logp - ref.to(out.dtype)
+    r = o.beta * r
+    if value is not None:
+        value = value.to(out.dtype)
+        r = r + value
+    phi, weight = o.loss.phi_and_weight(r, o.max_weight)
+    loss = ((0.0 if value is None else value) - phi) / o.beta
+    # A bad label has NaN log-prob; a constant weight would hide it from the gradient.
+    dlogp = torch.where(logp.isnan(), logp, -weight)
+    dlse = torch.zeros_like(lse)
+    if mean is not None:
+        eps = o.label_smoothing
+        loss = (1.0 - eps) * loss + eps * (lse - mean)
+        dlogp = (1.0 - eps) * dlogp
+        dlse += eps
+    if o.z_loss:
+        loss = loss + o.z_loss * lse * lse
+        dlse += 2.0 * o.z_loss * lse
+    out[lines.LOSS], out[lines.DLOGP], out[lines.DLSE] = loss, dlogp, dlse
+
+
+def _scale_to_gradient(
+    E: Tensor,
+    y: Tensor,
+    out: Tensor,
+    *,
+    dlogp: Tensor,
+    dlse: Tensor | None = None,
+    dmean: Tensor | None = None,
+    dentropy: Tensor | None = None,
+    surprise: Tensor | None = None,
+) -> None:
+    """Turn exp(z - shift) (R, V) into d loss / d z; ``surprise`` is z - lse + entropy."""
+    V = E.shape[1]
+    good = (y >= 0) & (y < V)
+    dlogp = torch.where(good, dlogp, torch.nan)
+    alpha = -dlogp if dlse is None else dlse - dlogp
+    # alpha p_y + dlogp, written with 1 - p_y so that a confident target is not rounded away.
+    dz_y = -alpha * out[lines.REST]
+    if dlse is not None:
+        dz_y = dz_y + dlse
+    at_y = torch.where(good, y, 0).to(torch.int64)[:, None]
+    if dentropy is not None and surprise is not None:
+        dz_y = dz_y - dentropy * (1.0 - out[lines.REST]) * surprise.gather(1, at_y)[:, 0]
+        tilt = (
+            surprise.mul_((dentropy / out[lines.SUM])[:, None]).mul_(E).masked_fill_(E == 0.0, 0.0)
+        )
+        E.mul_((alpha / out[lines.SUM])[:, None]).sub_(tilt)
+    else:
+        E.mul_((alpha / out[lines.SUM])[:, None])
+    E.scatter_(1, at_y, dz_y[:, None])
+    if dmean is not None:
+        E.add_((dmean / V)[:, None])
+
+
+def _store(
+    dz: Tensor, target: Tensor, ignored: Tensor, maths: RowMaths, jacobian: Tensor | None
+) -> None:
+    """Finish a block: the transform's derivative, zeros in ignored rows, the gradient's dtype."""
+    if jacobian is not None:
+        dz.mul_(jacobian)
+    factor = maths.pre * (1.0 if maths.cap is None else maths.cap)
+    if factor != 1.0:
+        dz.mul_(factor)
+    if not ignored.is_cpu or ignored.any():
+        dz.masked_fill_(ignored[:, None], 0.0)
+    if dz.data_ptr() != target.data_ptr():
+        target.copy_(dz)

@@ -1,0 +1,104 @@
+"""The row passes as Triton kernels."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from torch import Tensor
+
+from fused_losses.backends.base import Objective, RowMaths
+from fused_losses_kernels import row_gradient as gradient_kernel
+from fused_losses_kernels import row_pass as forward_kernel
+from fused_losses_kernels import segment_sum as segment_kernel
+from fused_losses_kernels.launch import INTERPRETED
+
+name = "triton"
+interpreted: bool = INTERPRETED
+
+
+def row_pass(
+    z: Tensor,
+    y: Tensor,
+    rows: Tensor,
+    *,
+    maths: RowMaths,
+    ignore_index: int,
+    objective: Objective | None = None,
+    ref: Tensor | None = None,
+    value: Tensor | None = None,
+    row_weight: Tensor | None = None,
+    dz: Tensor | None = None,
+    entropy: bool = False,
+    top1: bool = False,
+    overwrite: bool = False,
+) -> None:
+    """See :class:`fused_losses.backends.Backend`; needs no scratch, so ``overwrite`` is unused."""
+    o = objective
+    with _device_of(z):
+        forward_kernel.row_pass(
+            z,
+            y,
+            rows,
+            ref=_contiguous(ref),
+            value=_contiguous(value),
+            row_weight=_contiguous(row_weight),
+            dz=dz,
+            phi=None if o is None else o.loss.device_fn,
+            ignore_index=ignore_index,
+            pre=maths.pre,
+            cap=maths.cap,
+            beta=1.0 if o is None else o.beta,
+            r0=float("-inf") if o is None else o.loss.left_end(o.max_weight),
+            label_smoothing=0.0 if o is None else o.label_smoothing,
+            z_loss=0.0 if o is None else o.z_loss,
+            entropy=entropy,
+            top1=top1,
+        )
+
+
+def row_gradient(
+    z: Tensor,
+    y: Tensor,
+    rows: Tensor,
+    *,
+    maths: RowMaths,
+    ignore_index: int,
+    dlogp: Tensor,
+    dlse: Tensor | None = None,
+    dmean: Tensor | None = None,
+    dentropy: Tensor | None = None,
+    dz: Tensor,
+) -> None:
+    """See :class:`fused_losses.backends.Backend`."""
+    with _device_of(z):
+        gradient_kernel.row_gradient(
+            z,
+            y,
+            rows,
+            dlogp=dlogp.contiguous(),
+            dlse=_contiguous(dlse),
+            dmean=_contiguous(dmean),
+            dentropy=_contiguous(dentropy),
+            dz=dz,
+            ignore_index=ignore_index,
+            pre=maths.pre,
+            cap=maths.cap,
+        )
+
+
+def segment_sum(x: Tensor, offsets: Tensor) -> Tensor:
+    """See :class:`fused_losses.backends.Backend`."""
+    out = x.new_empty(offsets.numel() - 1)
+    with _device_of(x):
+        segment_kernel.segment_sum(x.contiguous(), offsets, out)
+    return out
+
+
+def _contiguous(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.contiguous()
+
+
+def _device_of(t: Tensor) -> contextlib.AbstractContextManager:
+    """Launch on the tensor's own GPU, which need not be the current one."""
+    return torch.cuda.device(t.device) if t.is_cuda else contextlib.nullcontext()

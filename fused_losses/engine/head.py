@@ -1,0 +1,114 @@
+"""The GEMMs of the linear path: logits from hidden states, and the sums of their gradients.
+
+Matrix products are torch's (cuBLAS, oneDNN). What is added here is precision where a product rounds
+to 16 bits: fp32 logits from 16-bit operands, and weight gradients accumulated in fp32 across
+chunks.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Bytes of upcast vocabulary at a time, where a device has no mixed-precision product.
+_BLOCK_BYTES = 2**20
+
+
+class Head:
+    """The output head in the dtype it computes in.
+
+    Args:
+        weight: (V, D).
+        bias: (V,) or None.
+        compute_dtype: Of the operands.
+        logits_dtype: Of the logits; fp32 logits of 16-bit operands are never rounded to 16 bits.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        compute_dtype: torch.dtype,
+        logits_dtype: torch.dtype,
+    ) -> None:
+        self.weight = weight.to(compute_dtype)
+        self.bias = bias
+        self.compute_dtype = compute_dtype
+        self.logits_dtype = logits_dtype
+
+    def new_logits(self, rows: int) -> Tensor:
+        """Return memory for the logits of a chunk."""
+        return self.weight.new_empty(rows, self.weight.shape[0], dtype=self.logits_dtype)
+
+    def logits(self, x: Tensor, out: Tensor) -> None:
+        """Write ``x @ weight.T + bias`` to out (R, V); x is (R, D) in the compute dtype."""
+        _product(x, self.weight.t(), out)
+        if self.bias is not None:
+            out.add_(self.bias)
+
+    def dx(self, dz: Tensor, out: Tensor) -> None:
+        """Write ``dz @ weight`` to out (R, D)."""
+        _product(dz, self.weight, out)
+
+
+class HeadGradient:
+    """Gradients of weight and bias, summed over the chunks of a call.
+
+    A single chunk needs no buffer: its product is the gradient, rounded once. Several are
+    accumulated in ``accum_dtype``: sums of 16-bit numbers would lose the rows of rare tokens.
+    """
+
+    def __init__(
+        self, head: Head, need_dw: bool, need_db: bool, accum_dtype: torch.dtype, chunks: int
+    ) -> None:
+        compute = head.compute_dtype
+        wide = torch.promote_types(compute, torch.float32)
+        # fp16 has no room for a gradient that still lacks the factor 1 / count.
+        if compute == torch.float16:
+            dtype = wide
+        elif chunks == 1:
+            dtype = compute
+        else:
+            dtype = torch.promote_types(compute, accum_dtype)
+        make = torch.zeros_like if chunks == 0 else torch.empty_like
+        self.dw = make(head.weight, dtype=dtype) if need_dw else None
+        self.db = head.weight.new_zeros(head.weight.shape[0], dtype=wide) if need_db else None
+        self._started = False
+
+    def add(self, dz: Tensor, x: Tensor) -> None:
+        """Add a chunk: ``dw += dz.T @ x``, ``db += dz.sum(0)``."""
+        if self.dw is not None:
+            _product(dz.t(), x, self.dw, accumulate=self._started)
+        if self.db is not None:
+            self.db += dz.sum(0, dtype=self.db.dtype)
+        self._started = True
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool = False) -> None:
+    """``out = a @ b`` or ``out += a @ b``, computed and rounded in out's dtype if it is wider."""
+    if a.dtype == out.dtype:
+        if accumulate:
+            out.addmm_(a, b)
+        else:
+            torch.mm(a, b, out=out)
+    elif a.is_cuda and out.dtype == torch.float32 and a.dtype.itemsize == 2:
+        if accumulate:
+            torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
+        else:
+            torch.mm(a, b, out_dtype=torch.float32, out=out)
+    else:
+        _product_in_blocks(a, b, out, accumulate)
+
+
+def _product_in_blocks(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
+    """The same where no mixed-precision product exists, upcasting the vocabulary in blocks."""
+    if out.shape[0] > out.shape[1]:  # the vocabulary runs along the rows
+        a, b, out = b.t(), a.t(), out.t()
+    a = a.to(out.dtype)
+    columns = max(1, _BLOCK_BYTES // (b.shape[0] * out.dtype.itemsize))
+    for start in range(0, b.shape[1], columns):
+        block = slice(start, start + columns)
+        if accumulate:
+            out[:, block].addmm_(a, b[:, block].to(out.dtype))
+        else:
+            torch.mm(a, b[:, block].to(out.dtype), out=out[:, block])

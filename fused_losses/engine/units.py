@@ -1,0 +1,168 @@
+"""Losses of whole units (tokens, sequences, pairs, groups) from hidden states, without logits.
+
+A chunk holds whole units. Between its row pass and its gradient products the loss function is
+called on the chunk's log-probs and differentiated by torch, so every token's weight is known before
+dW is formed: the cost of a token loss, for any loss. Eager only: autograd cannot run inside an
+operator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_losses.backends import RowMaths, lines
+from fused_losses.engine.chunks import Chunk, ChunkedHead, GradientSums
+from fused_losses.engine.head import Head
+from fused_losses.engine.linear_call import Dtypes
+from fused_losses.engine.once import graph_is_kept, once_differentiable
+from fused_losses.engine.rows import Coefficients
+from fused_losses.plan import Plan
+from fused_losses.stats import TokenStats
+
+
+@dataclass(frozen=True)
+class UnitLayout:
+    """Counted tokens, sorted by unit.
+
+    Attributes:
+        positions: (n,) flat positions of the counted tokens, unit after unit.
+        ids: (U,) the units that have counted tokens, ascending.
+        sizes: Counted tokens of each of them, on the host.
+    """
+
+    positions: Tensor
+    ids: Tensor
+    sizes: list[int]
+
+    @staticmethod
+    def of(y: Tensor, unit_of: Tensor | None, ignore_index: int) -> UnitLayout:
+        """Lay out the tokens of units ``unit_of`` (N,); None: every token is its own unit.
+
+        Counting units is the one host synchronisation of a call.
+        """
+        positions = (y != ignore_index).nonzero()[:, 0]
+        if unit_of is None:
+            return UnitLayout(positions, positions, [1] * positions.numel())
+        units, order = torch.sort(unit_of[positions], stable=True)
+        ids, sizes = torch.unique_consecutive(units, return_counts=True)
+        return UnitLayout(positions[order], ids, sizes.tolist())
+
+
+@dataclass(frozen=True)
+class UnitChunk:
+    """Whole units of one chunk: where their tokens are, and which units they are.
+
+    Attributes:
+        positions: (R,) flat positions of the tokens, unit after unit.
+        ids: (P,) the units, ascending.
+    """
+
+    positions: Tensor
+    ids: Tensor
+
+
+UnitLoss = Callable[[TokenStats, UnitChunk], Tensor]
+
+
+@dataclass(frozen=True)
+class UnitCall:
+    """All of a call but what autograd tracks."""
+
+    y: Tensor
+    layout: UnitLayout
+    plan: Plan
+    maths: RowMaths
+    dtypes: Dtypes
+    ignore_index: int
+    entropy: bool
+    loss_fn: UnitLoss
+
+    def unit_chunks(self) -> list[UnitChunk]:
+        """Split the layout as the plan says."""
+        chunks, token, unit = [], 0, 0
+        for size in self.plan.chunks:
+            first_token, first_unit = token, unit
+            while token < first_token + size:
+                token += self.layout.sizes[unit]
+                unit += 1
+            positions = self.layout.positions[first_token:token]
+            chunks.append(UnitChunk(positions, self.layout.ids[first_unit:unit]))
+        return chunks
+
+
+def run_units(
+    x: Tensor, w: Tensor, bias: Tensor | None, call: UnitCall, needs: list[bool]
+) -> tuple[Tensor, Tensor]:
+    """Return the sum of the loss function over all units, differentiable, and rows (LINES, N)."""
+    return _UnitSum.apply(x, w, bias, call, needs)
+
+
+class _UnitSum(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, w: Tensor, bias: Tensor | None, call: UnitCall, needs: list[bool]
+    ) -> tuple[Tensor, Tensor]:
+        compute_dtype, logits_dtype, accum_dtype = call.dtypes
+        head = Head(w, bias, compute_dtype, logits_dtype)
+        chunked = ChunkedHead(
+            x, call.y, call.layout.positions, call.plan, head, call.maths, call.ignore_index
+        )
+        sums = GradientSums(chunked, needs, accum_dtype) if any(needs) else None
+        total = chunked.rows.new_zeros(())
+        with torch.autocast(x.device.type, enabled=False):
+            for chunk, units in zip(chunked, call.unit_chunks(), strict=True):
+                chunk.row_pass(entropy=call.entropy, top1=True, overwrite=sums is None)
+                total += _chunk_loss(chunk, units, call, sums)
+        gradients = (None, None, None) if sums is None else (sums.dx, *sums.head_gradients(w, bias))
+        ctx.save_for_backward(x, w, bias, *gradients)
+        ctx.mark_non_differentiable(chunked.rows)
+        ctx.set_materialize_grads(False)
+        return total, chunked.rows
+
+    @staticmethod
+    def backward(ctx: Any, dtotal: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
+        x, w, bias, *gradients = ctx.saved_tensors
+        if dtotal is None:
+            return (None,) * 5
+        in_place = not graph_is_kept()
+        with torch.no_grad():
+            scaled = [
+                None
+                if gradient is None
+                else gradient.mul_(dtotal)
+                if in_place and gradient.dtype == own.dtype
+                else (gradient * dtotal).to(own.dtype)
+                for own, gradient in zip((x, w, bias), gradients, strict=True)
+            ]
+        return (*once_differentiable(scaled, [dtotal, x, w, bias]), None, None)
+
+
+def _chunk_loss(
+    chunk: Chunk, units: UnitChunk, call: UnitCall, sums: GradientSums | None
+) -> Tensor:
+    """Call the loss function on a chunk; with ``sums``, also add the chunk's gradients."""
+    wanted = [lines.LOGP, lines.LSE, *([lines.ENTROPY] if call.entropy else [])]
+    leaves = [chunk.rows[line].clone().requires_grad_(sums is not None) for line in wanted]
+    stats = TokenStats(
+        leaves[0], leaves[1], leaves[2] if call.entropy else None, chunk.rows[lines.TOP1] != 0.0
+    )
+    with torch.set_grad_enabled(sums is not None):
+        loss = call.loss_fn(stats, units)
+    if not isinstance(loss, Tensor) or loss.dim() != 0:
+        got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+        raise ValueError(f"loss_fn must return a 0-d tensor, the sum over its units, got {got}")
+    if sums is not None:
+        # A loss may ignore what it is given: no gradient then, not an error.
+        found: list[Tensor | None] = [None] * len(leaves)
+        if loss.requires_grad:
+            found = list(torch.autograd.grad(loss, leaves, allow_unused=True))
+        dlogp, dlse, *dentropy = found
+        dlogp = torch.zeros_like(leaves[0]) if dlogp is None else dlogp
+        chunk.row_gradient(Coefficients(dlogp, dlse, dentropy=dentropy[0] if dentropy else None))
+        sums.add(chunk)
+    return loss.detach()

@@ -1,0 +1,49 @@
+"""The public functions: each checks its arguments, plans, runs, reduces."""
+
+from fused_losses.functional.linear import (
+    linear_dpo_loss,
+    linear_hellinger_loss,
+    linear_loss,
+    linear_mle_loss,
+    linear_pearson_loss,
+    linear_token_loss,
+    linear_token_stats,
+)
+from fused_losses.functional.logits import (
+    dpo_loss,
+    hellinger_loss,
+    mle_loss,
+    pearson_loss,
+    token_loss,
+    token_stats,
+)
+from fused_losses.functional.observe import PairStats, explain, with_stats
+from fused_losses.functional.options import (
+    CommonOptions,
+    LinearOptions,
+    SharedLinearOptions,
+    SharedOptions,
+)
+
+__all__ = [
+    "CommonOptions",
+    "LinearOptions",
+    "PairStats",
+    "SharedLinearOptions",
+    "SharedOptions",
+    "dpo_loss",
+    "explain",
+    "hellinger_loss",
+    "linear_dpo_loss",
+    "linear_hellinger_loss",
+    "linear_loss",
+    "linear_mle_loss",
+    "linear_pearson_loss",
+    "linear_token_loss",
+    "linear_token_stats",
+    "mle_loss",
+    "pearson_loss",
+    "token_loss",
+    "token_stats",
+    "with_stats",
+]

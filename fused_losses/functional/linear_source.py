@@ -1,0 +1,229 @@
+"""Log-probs from hidden states and a head, whose logits are never stored."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_losses.backends import Objective, resolve_backend
+from fused_losses.engine.linear_call import linear_shape
+from fused_losses.engine.linear_rows import linear_rows
+from fused_losses.engine.linear_sum import linear_loss_sum
+from fused_losses.engine.registry import pack
+from fused_losses.functional.observe import report_plan
+from fused_losses.functional.options import Options
+from fused_losses.functional.sources import refuse_sharded, wants_gradient
+from fused_losses.functional.tokens import Tokens, check_device, check_float
+from fused_losses.plan import LinearShape, choose_route, plan_linear, workspace_budget
+
+
+@dataclass(frozen=True)
+class LinearSource:
+    """Hidden states (..., D) and the head that would make logits of them."""
+
+    input: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    options: Options
+    backend: str
+    compute_dtype: torch.dtype
+    logits_dtype: torch.dtype
+    accum_dtype: torch.dtype
+    budget: int
+
+    @staticmethod
+    def of(
+        input: Any,
+        linear_weight: Any,
+        options: Options,
+        linear: Mapping[str, Any],
+        *,
+        precise: bool,
+    ) -> LinearSource:
+        """Check hidden states and head; ``precise`` asks for logits of at least fp32 by default.
+
+        Raises:
+            TypeError: Dtypes that nothing computes with.
+            ValueError: Shapes or devices that do not fit, an empty head, a sharded weight.
+        """
+        bias = linear.get("linear_bias")
+        _check_head(input, linear_weight, bias)
+        device = input.device
+        compute = _compute_dtype(input, linear_weight)
+        logits_dtype = linear.get("logits_dtype")
+        if logits_dtype is None:
+            logits_dtype = torch.promote_types(compute, torch.float32) if precise else compute
+        elif logits_dtype not in (compute, torch.promote_types(compute, torch.float32)):
+            raise ValueError(
+                f"logits_dtype must be the compute dtype {compute} or float32 for 16-bit operands, "
+                f"got {logits_dtype}"
+            )
+        accum_dtype = linear.get("accum_dtype", torch.float32)
+        if accum_dtype not in (torch.float32, torch.float64, compute):
+            raise ValueError(
+                f"accum_dtype must be torch.float32, torch.float64 or the compute dtype {compute}, "
+                f"got {accum_dtype}"
+            )
+        return LinearSource(
+            input,
+            linear_weight,
+            bias,
+            options,
+            resolve_backend(options.backend, device),
+            compute,
+            logits_dtype,
+            accum_dtype,
+            workspace_budget(linear.get("workspace_bytes"), device),
+        )
+
+    def tokens(self, target: Any) -> Tokens:
+        """See :class:`Source`."""
+        return Tokens.of(target, self.input, self.weight.shape[0], "input", self.options)
+
+    @property
+    def needs(self) -> list[bool]:
+        """Who needs a gradient: input, weight, bias."""
+        return [wants_gradient(self.input), wants_gradient(self.weight), wants_gradient(self.bias)]
+
+    @property
+    def x(self) -> Tensor:
+        """Hidden states, (N, D)."""
+        return self.input.reshape(-1, self.input.shape[-1])
+
+    def shape(self, *, entropy: bool) -> LinearShape:
+        """What the planner needs to know."""
+        return linear_shape(
+            self.weight,
+            self.options.maths,
+            (self.compute_dtype, self.logits_dtype, self.accum_dtype),
+            self.backend,
+            self.needs,
+            entropy,
+        )
+
+    def _explain(self, tokens: Tokens, *, reduced: bool, entropy: bool) -> None:
+        shape = self.shape(entropy=entropy)
+        # Whether an entropy will be differentiated is not known before backward: assume it.
+        route = choose_route(shape, reduced=reduced, entropy_gradient=entropy)
+        report_plan(lambda: plan_linear(route, int(tokens.counted.sum()), shape, self.budget))
+
+    def token_loss(
+        self, tokens: Tokens, o: Objective, ref: Tensor | None, value: Tensor | None, entropy: bool
+    ) -> tuple[Tensor, Tensor]:
+        """See :class:`Source`."""
+        return self._rows(tokens, o, ref, value, entropy, entropy_gradient=False)
+
+    def token_loss_sum(
+        self,
+        tokens: Tokens,
+        o: Objective,
+        ref: Tensor | None,
+        value: Tensor | None,
+        token_weight: Tensor | None,
+        factor: Tensor,
+        entropy: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """See :class:`Source`."""
+        self._explain(tokens, reduced=True, entropy=False)
+        key, constants = pack(self.options.maths, o)
+        total, rows, *_ = linear_loss_sum(
+            self.x,
+            self.weight,
+            self.bias,
+            tokens.y,
+            ref,
+            value,
+            token_weight,
+            factor,
+            key,
+            constants,
+            tokens.ignore_index,
+            entropy,
+            self.compute_dtype,
+            self.logits_dtype,
+            self.accum_dtype,
+            self.budget,
+            self.backend,
+            self.needs,
+        )
+        return total, rows
+
+    def statistics(self, tokens: Tokens, *, entropy: bool) -> Tensor:
+        """See :class:`Source`."""
+        return self._rows(tokens, None, None, None, entropy, entropy_gradient=entropy)[1]
+
+    def _rows(
+        self,
+        tokens: Tokens,
+        o: Objective | None,
+        ref: Tensor | None,
+        value: Tensor | None,
+        entropy: bool,
+        *,
+        entropy_gradient: bool,
+    ) -> tuple[Tensor, Tensor]:
+        self._explain(tokens, reduced=False, entropy=entropy_gradient)
+        key, constants = pack(self.options.maths, o)
+        shape = self.shape(entropy=entropy)
+        route = choose_route(shape, reduced=False, entropy_gradient=entropy_gradient)
+        loss, rows, _ = linear_rows(
+            self.x,
+            self.weight,
+            self.bias,
+            tokens.y,
+            ref,
+            value,
+            key,
+            constants,
+            tokens.ignore_index,
+            entropy,
+            self.compute_dtype,
+            self.logits_dtype,
+            self.accum_dtype,
+            self.budget,
+            self.backend,
+            self.needs,
+            route == "frozen",
+        )
+        return loss, rows
+
+
+def _compute_dtype(input: Tensor, weight: Tensor) -> torch.dtype:
+    device = input.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        # Autocast never lowers fp64.
+        if torch.float64 not in (input.dtype, weight.dtype):
+            return _servable(dtype, device)
+    return _servable(torch.promote_types(input.dtype, weight.dtype), device)
+
+
+def _servable(dtype: torch.dtype, device: str) -> torch.dtype:
+    # fp16 products on a CPU are emulated, 50x slower than fp32's.
+    return torch.float32 if dtype == torch.float16 and device == "cpu" else dtype
+
+
+def _check_head(input: Any, weight: Any, bias: Any) -> None:
+    named = {"input": input, "linear_weight": weight}
+    if bias is not None:
+        named["linear_bias"] = bias
+    for name, t in named.items():
+        check_float(name, t)
+        refuse_sharded(name, t)
+        check_device(name, t, "input", input)
+    if weight.dim() != 2:
+        raise ValueError(f"linear_weight must be (V, D), got {tuple(weight.shape)}")
+    V, D = weight.shape
+    if V == 0:
+        raise ValueError("linear_weight has 0 rows; gather it first (a sharded head?)")
+    if input.dim() < 1 or input.shape[-1] != D:
+        raise ValueError(
+            f"input must be (..., D) with linear_weight's hidden size D = {D} (linear_weight is "
+            f"(V, D) = {(V, D)}), got input of shape {tuple(input.shape)}"
+        )
+    if bias is not None and bias.shape != (V,):
+        raise ValueError(f"linear_bias must be (V,) = ({V},), got {tuple(bias.shape)}")

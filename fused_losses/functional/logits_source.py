@@ -1,0 +1,116 @@
+"""Log-probs from logits that exist."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from fused_losses.backends import Objective, resolve_backend
+from fused_losses.engine.logits import logits_rows
+from fused_losses.engine.registry import pack
+from fused_losses.functional.observe import report_plan
+from fused_losses.functional.options import Options
+from fused_losses.functional.sources import refuse_sharded, wants_gradient
+from fused_losses.functional.tokens import Tokens, check_float
+from fused_losses.plan import plan_logits
+
+
+@dataclass(frozen=True)
+class LogitsSource:
+    """Logits (..., V) that exist."""
+
+    logits: Tensor
+    options: Options
+    inplace: bool
+    backend: str
+
+    @staticmethod
+    def of(logits: Any, options: Options, inplace: bool = False) -> LogitsSource:
+        """Check the logits.
+
+        Raises:
+            TypeError: Not a floating-point tensor.
+            ValueError: No vocabulary; ``inplace`` on logits whose elements share memory.
+        """
+        check_float("logits", logits)
+        refuse_sharded("logits", logits)
+        if logits.dim() < 1 or logits.shape[-1] == 0:
+            raise ValueError(f"logits must be (..., V) with V > 0, got {tuple(logits.shape)}")
+        if not isinstance(inplace, bool):
+            raise TypeError(f"inplace must be a bool, got {type(inplace).__name__}")
+        if inplace:
+            if logits.stride(-1) != 1 and logits.shape[-1] > 1:
+                raise ValueError("inplace needs logits with contiguous rows; pass inplace=False")
+            if any(s == 0 for s, n in zip(logits.stride(), logits.shape, strict=True) if n > 1):
+                raise ValueError(
+                    "inplace needs logits whose elements do not share memory, got an expanded "
+                    "tensor; pass inplace=False"
+                )
+        return LogitsSource(
+            logits, options, inplace, resolve_backend(options.backend, logits.device)
+        )
+
+    def tokens(self, target: Any) -> Tokens:
+        """See :class:`Source`."""
+        return Tokens.of(target, self.logits, self.logits.shape[-1], "logits", self.options)
+
+    def _rows(
+        self,
+        tokens: Tokens,
+        o: Objective | None,
+        ref: Tensor | None,
+        value: Tensor | None,
+        entropy: bool,
+    ) -> tuple[Tensor, Tensor]:
+        report_plan(
+            lambda: plan_logits(
+                int(tokens.counted.sum()),
+                self.logits.shape[-1],
+                self.backend,
+                need_gradient=wants_gradient(self.logits) or wants_gradient(value),
+            )
+        )
+        key, constants = pack(self.options.maths, o)
+        # (B, T, V): the kernels take any strides of three dimensions, so slices are not copied.
+        z = self.logits
+        z = z.flatten(0, -3) if z.dim() > 3 else z if z.dim() > 1 else z[None]
+        return logits_rows(
+            z,
+            tokens.y,
+            ref,
+            value,
+            key,
+            constants,
+            tokens.ignore_index,
+            entropy,
+            self.inplace,
+            self.backend,
+        )
+
+    def token_loss(
+        self, tokens: Tokens, o: Objective, ref: Tensor | None, value: Tensor | None, entropy: bool
+    ) -> tuple[Tensor, Tensor]:
+        """See :class:`Source`."""
+        return self._rows(tokens, o, ref, value, entropy)
+
+    def token_loss_sum(
+        self,
+        tokens: Tokens,
+        o: Objective,
+        ref: Tensor | None,
+        value: Tensor | None,
+        token_weight: Tensor | None,
+        factor: Tensor,
+        entropy: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """See :class:`Source`."""
+        loss, rows = self._rows(tokens, o, ref, value, entropy)
+        if token_weight is not None:
+            loss = loss * token_weight.to(loss.dtype)
+        return loss.sum() * factor.to(loss.dtype), rows
+
+    def statistics(self, tokens: Tokens, *, entropy: bool) -> Tensor:
+        """See :class:`Source`."""
+        return self._rows(tokens, None, None, None, entropy)[1]

@@ -1,0 +1,141 @@
+"""Looking at a call from outside: statistics of its pass, or its plan instead of its run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_losses.plan import Plan
+from fused_losses.stats import TokenStats
+
+
+class PairStats(NamedTuple):
+    """What a DPO pass tells, detached.
+
+    Attributes:
+        chosen_logps: (B,) summed log-probs of the chosen responses, nats.
+        rejected_logps: (B,), the same of the rejected responses.
+        chosen_rewards: (B,) implicit rewards ``beta * sum(logp - ref)`` (12).
+        rejected_rewards: (B,), the same of the rejected responses.
+        tokens: Per-token statistics, of target's shape.
+    """
+
+    chosen_logps: Tensor
+    rejected_logps: Tensor
+    chosen_rewards: Tensor
+    rejected_rewards: Tensor
+    tokens: TokenStats
+
+
+class _Explained(BaseException):
+    """Carries a plan out of a call that is being explained, past handlers of errors."""
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__("fused_losses.explain stopped this call before running it")
+        self.plan = plan
+
+
+@dataclass
+class _Observer:
+    explaining: bool = False
+    stats: TokenStats | PairStats | None = None
+
+
+_observer: ContextVar[_Observer | None] = ContextVar("fused_losses_observer", default=None)
+
+
+def _current() -> _Observer | None:
+    return None if torch.compiler.is_compiling() else _observer.get()
+
+
+def statistics_wanted() -> bool:
+    """Whether the running call should report its statistics."""
+    observer = _current()
+    return observer is not None and not observer.explaining
+
+
+def report_stats(stats: TokenStats | PairStats) -> None:
+    """Hand the statistics of the running call to whoever observes it."""
+    observer = _current()
+    if observer is not None:
+        observer.stats = type(stats)(*(_detached(field) for field in stats))
+
+
+def report_plan(make_plan: Callable[[], Plan]) -> None:
+    """End the running call here if it is only being explained."""
+    observer = _current()
+    if observer is not None and observer.explaining:
+        raise _Explained(make_plan())
+
+
+def _detached(field: Any) -> Any:
+    if isinstance(field, Tensor):
+        return field.detach()
+    return TokenStats(*map(_detached, field)) if isinstance(field, TokenStats) else field
+
+
+def with_stats(
+    fn: Callable[..., Tensor], *args: Any, **kwargs: Any
+) -> tuple[Tensor, TokenStats | PairStats]:
+    """Call a loss and return the statistics of the same pass beside it, at no further GEMM.
+
+    Args:
+        fn: A token loss, ``dpo_loss`` or ``linear_dpo_loss``, or the module of one.
+        *args: Its arguments.
+        **kwargs: Its options.
+
+    Returns:
+        ``(loss, stats)``: exactly what ``fn`` returns, and the detached :class:`TokenStats`
+        (entropy included) of target's shape, or the :class:`PairStats` of a DPO loss.
+
+    Raises:
+        TypeError: ``fn`` has no such statistics.
+        RuntimeError: Under ``torch.compile``; use ``token_stats`` there.
+    """
+    if torch.compiler.is_compiling():
+        raise RuntimeError(
+            "with_stats is eager only; under torch.compile call token_stats or linear_token_stats"
+        )
+    observer = _Observer()
+    token = _observer.set(observer)
+    try:
+        loss = fn(*args, **kwargs)
+    finally:
+        _observer.reset(token)
+    if observer.stats is None:
+        raise TypeError(
+            f"with_stats needs a token loss or a DPO loss, got {getattr(fn, '__name__', fn)!s}, "
+            "which has no per-token statistics; use token_stats or linear_token_stats"
+        )
+    return loss, observer.stats
+
+
+def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Plan:
+    """Tell what a call would do, without running it: route, chunks, FLOPs, bytes, kernels.
+
+    Args:
+        fn: Any function of ``fused_losses`` on logits or hidden states, or its module.
+        *args: Its arguments.
+        **kwargs: Its options.
+
+    Returns:
+        The :class:`fused_losses.Plan`; ``str(plan)`` is a line for people. ``flops`` counts the
+        GEMMs of forward and backward together.
+
+    Raises:
+        TypeError: ``fn`` makes no plan (``preference_loss``, the reference).
+    """
+    token = _observer.set(_Observer(explaining=True))
+    try:
+        fn(*args, **kwargs)
+    except _Explained as explained:
+        return explained.plan
+    finally:
+        _observer.reset(token)
+    name = getattr(fn, "__name__", fn)
+    raise TypeError(f"explain needs a fused function of logits or hidden states, got {name}")

@@ -1,0 +1,217 @@
+"""The options that many functions share: their types, defaults and checks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypedDict, get_args
+
+import torch
+from torch import Tensor
+
+from fused_losses.backends import RowMaths
+from fused_losses.backends.select import BackendName
+from fused_losses.token_losses import TOKEN_LOSSES, TokenLoss
+
+Reduction = Literal["mean", "sum", "none"]
+Level = Literal["token", "sequence"]
+
+
+class SharedOptions(TypedDict, total=False):
+    """Keyword options that every function takes.
+
+    ignore_index: Label of positions that do not count (default -100).
+    reduction: "mean" over counted labels (default), "sum", or "none".
+    num_items: Replaces the divisor of the mean (number or 0-d tensor); 0 gives loss 0.
+    token_weight: Weight of each token's loss, target's shape; any sign.
+    z_loss: lambda of the extra term ``lambda * lse**2``.
+    softcap: c of ``c * tanh(z / c)``, after ``logit_scale``.
+    logit_scale: Factor on the logits.
+    temperature: Divisor of the logits, after the softcap.
+    shift: Score ``target[..., 1:]`` by positions ``[..., :-1]``.
+    backend: "auto", "triton" or "torch"; an explicit choice is obeyed or refused.
+    validate: Check labels on a GPU too, at the price of a host synchronisation.
+    """
+
+    ignore_index: int
+    reduction: Reduction
+    num_items: float | Tensor | None
+    token_weight: Tensor | None
+    z_loss: float
+    softcap: float | None
+    logit_scale: float
+    temperature: float
+    shift: bool
+    backend: BackendName
+    validate: bool
+
+
+class SharedLinearOptions(SharedOptions, total=False):
+    """What functions of hidden states take beside :class:`SharedOptions`.
+
+    linear_bias: (V,) bias of the head.
+    workspace_bytes: Budget of a chunk's logits and scratch (default 1 GiB on a GPU, 256 MiB on a
+        CPU, or ``FUSED_LOSSES_WORKSPACE_BYTES``).
+    accum_dtype: Dtype in which the weight's gradient is accumulated over chunks.
+    logits_dtype: Dtype of a chunk's logits; by default the compute dtype for ``mle``, at least
+        float32 for everything that is compared with a reference.
+    """
+
+    linear_bias: Tensor | None
+    workspace_bytes: int | None
+    accum_dtype: torch.dtype
+    logits_dtype: torch.dtype | None
+
+
+class CommonOptions(SharedOptions, total=False):
+    """:class:`SharedOptions` and what token losses take beside them.
+
+    label_smoothing: Share of the uniform target in ``mle``, as in ``F.cross_entropy``.
+    """
+
+    label_smoothing: float
+
+
+class LinearOptions(SharedLinearOptions, total=False):
+    """:class:`SharedLinearOptions` and what token losses take beside them.
+
+    label_smoothing: Share of the uniform target in ``mle``, as in ``F.cross_entropy``.
+    """
+
+    label_smoothing: float
+
+
+@dataclass(frozen=True)
+class Options:
+    """Checked common options."""
+
+    ignore_index: int = -100
+    reduction: Reduction = "mean"
+    num_items: float | Tensor | None = None
+    token_weight: Tensor | None = None
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    softcap: float | None = None
+    logit_scale: float = 1.0
+    temperature: float = 1.0
+    shift: bool = False
+    backend: BackendName = "auto"
+    validate: bool = False
+
+    @property
+    def maths(self) -> RowMaths:
+        """The part that changes the maths of a row."""
+        return RowMaths(self.logit_scale, self.softcap, self.temperature)
+
+    def refuse(self, reason: str, **neutral: Any) -> None:
+        """Raise unless each named option has its neutral value."""
+        for name, default in neutral.items():
+            given = getattr(self, name)
+            if given is not default and (isinstance(given, Tensor) or given != default):
+                raise ValueError(f"{name} is not taken {reason}; leave it at {default!r}")
+
+
+COMMON = frozenset(CommonOptions.__annotations__)
+LINEAR = frozenset(LinearOptions.__annotations__) - COMMON
+
+
+def parse_options(function: str, given: Mapping[str, Any]) -> Options:
+    """Check the options of a function of logits.
+
+    Raises:
+        TypeError: An option that does not exist, named with those that do.
+        ValueError: A value out of range.
+    """
+    for name in given:
+        if name not in COMMON:
+            raise TypeError(
+                f"{function}() got an unexpected keyword argument {name!r}; "
+                f"the shared options are {', '.join(sorted(COMMON))}"
+            )
+    options = Options(**given)
+    check_choice("reduction", options.reduction, get_args(Reduction))
+    if isinstance(options.ignore_index, bool) or not isinstance(options.ignore_index, int):
+        raise TypeError(f"ignore_index must be an int, got {options.ignore_index!r}")
+    check_number("label_smoothing", options.label_smoothing, low=0.0, high=1.0, closed=True)
+    check_number("z_loss", options.z_loss, low=0.0, closed=True)
+    if options.softcap is not None:
+        check_number("softcap", options.softcap)
+    check_number("logit_scale", options.logit_scale)
+    check_number("temperature", options.temperature)
+    _check_num_items(options)
+    return options
+
+
+def refuse_loss_options(options: Options, reason: str) -> None:
+    """Raise if an option of a token loss was given where there is none."""
+    options.refuse(
+        reason,
+        reduction="mean",
+        num_items=None,
+        token_weight=None,
+        label_smoothing=0.0,
+        z_loss=0.0,
+    )
+
+
+def split_linear(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Split keyword options into the common ones and those of the linear path."""
+    linear = {name: value for name, value in given.items() if name in LINEAR}
+    return {name: value for name, value in given.items() if name not in LINEAR}, linear
+
+
+def check_number(
+    name: str, value: Any, *, low: float = 0.0, high: float = math.inf, closed: bool = False
+) -> None:
+    """Raise unless low < value < high, or low <= value <= high if ``closed``; always finite."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    inside = low <= value <= high if closed else low < value < high
+    if not (inside and math.isfinite(value)):
+        lower = f"{'>=' if closed else '>'} {low:g}"
+        upper = "" if high == math.inf else f" and {'<=' if closed else '<'} {high:g}"
+        raise ValueError(f"{name} must be a finite number {lower}{upper}, got {value}")
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Raise, naming the choices, unless the value is one of them."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_token_loss(loss: str | TokenLoss) -> TokenLoss:
+    """Return the member of the family that was named, or the user's own."""
+    if isinstance(loss, TokenLoss):
+        return loss
+    if not isinstance(loss, str):
+        raise TypeError(
+            f"loss must be a name or a fused_losses.TokenLoss, got {type(loss).__name__}"
+        )
+    check_choice("loss", loss, tuple(TOKEN_LOSSES))
+    return TOKEN_LOSSES[loss]
+
+
+def check_max_weight(max_weight: float) -> None:
+    """Raise unless max_weight > 1; inf is phi without a continuation."""
+    if max_weight != math.inf:
+        check_number("max_weight", max_weight, low=1.0)
+
+
+def _check_num_items(options: Options) -> None:
+    num_items = options.num_items
+    if num_items is None:
+        return
+    if options.reduction != "mean":
+        raise ValueError(
+            f"num_items replaces the divisor of reduction='mean', got {options.reduction!r}"
+        )
+    if isinstance(num_items, Tensor):
+        if num_items.dim() != 0:
+            raise ValueError(
+                f"num_items must be a number or a 0-d tensor, got shape {tuple(num_items.shape)}"
+            )
+        if torch.compiler.is_compiling() or num_items.device.type != "cpu":
+            return  # looking at it would synchronise
+        num_items = num_items.item()
+    check_number("num_items", num_items, low=0.0, closed=True)

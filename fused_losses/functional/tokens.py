@@ -1,0 +1,167 @@
+"""Labels and per-token arguments: checked once, flattened once, put back in target's shape."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fused_losses.functional.options import Options
+
+_INT = (torch.int64, torch.int32)
+_FLOAT = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_float(name: str, t: Any) -> None:
+    """Raise unless t is a tensor of a dtype that the engine computes with."""
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
+    if t.dtype not in _FLOAT:
+        raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {t.dtype}")
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The labels of a call, flat and in the order of the logits' rows.
+
+    Attributes:
+        shape: Target's shape.
+        y: (N,) labels by logits row: with ``shift``, position t holds the label of t + 1.
+        ignore_index: Label of rows that do not count.
+        shift: Whether rows and labels are one position apart.
+    """
+
+    shape: torch.Size
+    y: Tensor
+    ignore_index: int
+    shift: bool
+
+    @staticmethod
+    def of(target: Any, scores: Tensor, vocabulary: int, name: str, options: Options) -> Tokens:
+        """Check ``target`` against the tensor that scores it, and flatten it.
+
+        Raises:
+            TypeError: Labels are not int64 or int32.
+            ValueError: Shapes or devices differ.
+            IndexError: A label outside [0, V) (on a CPU, and on a GPU with ``validate=True``).
+        """
+        if not isinstance(target, Tensor) or target.dtype not in _INT:
+            got = target.dtype if isinstance(target, Tensor) else type(target).__name__
+            raise TypeError(f"target must be an int64 or int32 tensor, got {got}")
+        if target.shape != scores.shape[:-1]:
+            raise ValueError(
+                f"target must have {name}'s leading shape {tuple(scores.shape[:-1])}, "
+                f"got {tuple(target.shape)}"
+            )
+        check_device("target", target, name, scores)
+        if options.shift and target.dim() == 0:
+            raise ValueError("shift needs a target with a sequence dimension, got a 0-d target")
+        ignore_index = options.ignore_index
+        look = target.device.type == "cpu" or options.validate
+        if look and not torch.compiler.is_compiling():
+            _check_labels(target[..., 1:] if options.shift else target, vocabulary, options)
+        y = target
+        if options.shift:
+            y = F.pad(target[..., 1:], (0, 1), value=ignore_index)
+            y = y if target.shape[-1] else target
+        return Tokens(target.shape, y.reshape(-1), ignore_index, options.shift)
+
+    @property
+    def counted(self) -> Tensor:
+        """(N,) bool: rows whose label counts."""
+        return self.y != self.ignore_index
+
+    def flat(self, name: str, t: Tensor) -> Tensor:
+        """Flatten a per-token argument of target's shape into the order of the rows."""
+        if t.shape != self.shape:
+            raise ValueError(
+                f"{name} must have target's shape {tuple(self.shape)}, got {tuple(t.shape)}"
+            )
+        check_device(name, t, "target", self.y)
+        if self.shift and self.shape[-1]:
+            # The last row scores nothing; it takes what position 0 held, which nothing reads.
+            t = t.roll(-1, -1)
+        return t.reshape(-1)
+
+    def restore(self, rows: Tensor) -> Tensor:
+        """Put per-row results back in target's shape, 0 at position 0 of shifted sequences."""
+        t = rows.view(self.shape)
+        return F.pad(t[..., :-1], (1, 0)) if self.shift and self.shape[-1] else t
+
+    def reference(self, ref_logps: Any) -> Tensor | None:
+        """Check reference log-probs and flatten them; they are data, never differentiated."""
+        if ref_logps is None:
+            return None
+        check_reference(ref_logps)
+        return self.flat("ref_logps", ref_logps.detach())
+
+    def value(self, value: Any) -> Tensor | None:
+        """Check the offset of the reward and expand it to the rows; None is 0."""
+        if not isinstance(value, Tensor):
+            value = check_offset(value, self.y.device)
+            if value is None:
+                return None
+        check_float("value", value)
+        check_device("value", value, "target", self.y)
+        return self.flat("value", expand("value", value, self.shape, "target"))
+
+    def weight(self, token_weight: Any) -> Tensor | None:
+        """Check token weights and flatten them; ignored positions weigh 0, whatever they hold."""
+        if token_weight is None:
+            return None
+        check_float("token_weight", token_weight)
+        flat = self.flat("token_weight", token_weight.detach())
+        return torch.where(self.counted, flat, 0.0)
+
+
+def check_device(name: str, t: Tensor, other_name: str, other: Tensor) -> None:
+    """Raise unless both tensors are on the same device."""
+    if t.device != other.device:
+        raise ValueError(
+            f"{name} must be on {other_name}'s device {str(other.device)!r}, got {str(t.device)!r}"
+        )
+
+
+def check_reference(ref_logps: Any) -> None:
+    """Raise unless the dtype can carry a log-ratio."""
+    if not isinstance(ref_logps, Tensor) or not ref_logps.is_floating_point():
+        got = ref_logps.dtype if isinstance(ref_logps, Tensor) else type(ref_logps).__name__
+        raise TypeError(f"ref_logps must be a float32 or float64 tensor, got {got}")
+    if ref_logps.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"ref_logps must be float32 or float64, got {ref_logps.dtype}: its rounding would "
+            "shift every weight; keep the dtype that token_stats or linear_token_stats returns"
+        )
+
+
+def check_offset(value: Any, device: torch.device) -> Tensor | None:
+    """Turn a number into a 0-d tensor, 0 into None."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"value must be a number or a tensor, got {type(value).__name__}")
+    return (
+        None if value == 0.0 else torch.full((), float(value), dtype=torch.float64, device=device)
+    )
+
+
+def expand(name: str, t: Tensor, shape: torch.Size, shape_name: str) -> Tensor:
+    """Broadcast t to the shape, or say that it does not."""
+    try:
+        return t.expand(shape)
+    except RuntimeError:
+        raise ValueError(
+            f"{name} must broadcast to {shape_name}'s shape {tuple(shape)}, got {tuple(t.shape)}"
+        ) from None
+
+
+def _check_labels(target: Tensor, vocabulary: int, options: Options) -> None:
+    bad = ((target < 0) | (target >= vocabulary)) & (target != options.ignore_index)
+    if bad.any():
+        position = bad.nonzero()[0].tolist()
+        label = int(target[tuple(position)])
+        if options.shift:
+            position[-1] += 1
+        where = f"({', '.join(map(str, position))}{',' if len(position) == 1 else ''})"
+        raise IndexError(f"label {label} at position {where} is outside [0, {vocabulary})")

@@ -1,0 +1,60 @@
+"""Losses of whole units on the linear path: the route without logits and without recomputation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fused_losses.backends import lines
+from fused_losses.engine.units import UnitCall, UnitChunk, UnitLayout, UnitLoss, run_units
+from fused_losses.functional.linear_source import LinearSource
+from fused_losses.functional.observe import report_plan
+from fused_losses.functional.tokens import Tokens
+from fused_losses.plan import Plan, plan_units
+from fused_losses.stats import TokenStats
+
+
+def plan_of_units(source: LinearSource, layout: UnitLayout, *, entropy: bool) -> Plan | None:
+    """Plan chunks of whole units; None if a unit does not fit the workspace."""
+    return plan_units(layout.sizes, source.shape(entropy=entropy), source.budget)
+
+
+def sum_over_units(
+    source: LinearSource,
+    tokens: Tokens,
+    unit_of: Tensor | None,
+    loss_fn: UnitLoss,
+    *,
+    entropy: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Return the sum of ``loss_fn`` over all units with a counted token, and rows (LINES, N).
+
+    ``unit_of`` is (N,), in the order of the rows. If a unit does not fit the workspace the rows are
+    recomputed in backward instead, and the loss function is called once on all of them.
+    """
+    layout = UnitLayout.of(tokens.y, unit_of, tokens.ignore_index)
+    plan = plan_of_units(source, layout, entropy=entropy)
+    if plan is not None:
+        report_plan(lambda: plan)
+        call = UnitCall(
+            tokens.y,
+            layout,
+            plan,
+            source.options.maths,
+            (source.compute_dtype, source.logits_dtype, source.accum_dtype),
+            tokens.ignore_index,
+            entropy,
+            loss_fn,
+        )
+        return run_units(source.x, source.weight, source.bias, call, source.needs)
+    rows = source.statistics(tokens, entropy=entropy)
+    taken = rows[:, layout.positions]
+    stats = TokenStats(
+        taken[lines.LOGP],
+        taken[lines.LSE],
+        taken[lines.ENTROPY] if entropy else None,
+        taken[lines.TOP1] != 0.0,
+    )
+    with torch.set_grad_enabled(rows.requires_grad):
+        loss = loss_fn(stats, UnitChunk(layout.positions, layout.ids))
+    return loss + 0.0 * rows[lines.LOGP, :0].sum(), rows

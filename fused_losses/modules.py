@@ -1,0 +1,136 @@
+"""``nn.Module`` twins of the functions: they hold the options, and only those."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+from torch import nn
+
+from fused_losses import functional as F
+from fused_losses.functional.options import CommonOptions, LinearOptions
+from fused_losses.preference import preference_loss
+
+
+class _Options(nn.Module):
+    """Calls ``function`` with the options given at construction.
+
+    Tensors of a batch (``ref_logps``, ``token_weight``, ``num_items`` ...) go to ``forward``, as do
+    options that change from call to call; those win.
+    """
+
+    function: ClassVar[Callable[..., Any]]
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        allowed = _keywords(type(self).function)
+        for name in options:
+            if name not in allowed:
+                raise TypeError(
+                    f"{type(self).__name__}() got an unexpected option {name!r}; "
+                    f"it takes {', '.join(sorted(allowed))}"
+                )
+        self.options = options
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the function on a batch."""
+        return type(self).function(*args, **{**self.options, **kwargs})
+
+    def extra_repr(self) -> str:
+        """Show the options."""
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
+def _keywords(function: Callable[..., Any]) -> set[str]:
+    parameters = inspect.signature(function).parameters.values()
+    names = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        linear = "linear_weight" in {p.name for p in parameters}
+        shared = LinearOptions if linear else CommonOptions
+        names |= set(CommonOptions.__annotations__) | set(shared.__annotations__)
+    return names
+
+
+class MLELoss(_Options):
+    """Module of :func:`fused_losses.mle_loss`."""
+
+    function = staticmethod(F.mle_loss)
+
+
+class PearsonLoss(_Options):
+    """Module of :func:`fused_losses.pearson_loss`."""
+
+    function = staticmethod(F.pearson_loss)
+
+
+class HellingerLoss(_Options):
+    """Module of :func:`fused_losses.hellinger_loss`."""
+
+    function = staticmethod(F.hellinger_loss)
+
+
+class TokenLossModule(_Options):
+    """Module of :func:`fused_losses.token_loss`."""
+
+    function = staticmethod(F.token_loss)
+
+
+class DPOLoss(_Options):
+    """Module of :func:`fused_losses.dpo_loss`."""
+
+    function = staticmethod(F.dpo_loss)
+
+
+class TokenStatistics(_Options):
+    """Module of :func:`fused_losses.token_stats`."""
+
+    function = staticmethod(F.token_stats)
+
+
+class LinearMLELoss(_Options):
+    """Module of :func:`fused_losses.linear_mle_loss`."""
+
+    function = staticmethod(F.linear_mle_loss)
+
+
+class LinearPearsonLoss(_Options):
+    """Module of :func:`fused_losses.linear_pearson_loss`."""
+
+    function = staticmethod(F.linear_pearson_loss)
+
+
+class LinearHellingerLoss(_Options):
+    """Module of :func:`fused_losses.linear_hellinger_loss`."""
+
+    function = staticmethod(F.linear_hellinger_loss)
+
+
+class LinearTokenLoss(_Options):
+    """Module of :func:`fused_losses.linear_token_loss`."""
+
+    function = staticmethod(F.linear_token_loss)
+
+
+class LinearDPOLoss(_Options):
+    """Module of :func:`fused_losses.linear_dpo_loss`."""
+
+    function = staticmethod(F.linear_dpo_loss)
+
+
+class LinearLoss(_Options):
+    """Module of :func:`fused_losses.linear_loss`."""
+
+    function = staticmethod(F.linear_loss)
+
+
+class LinearTokenStatistics(_Options):
+    """Module of :func:`fused_losses.linear_token_stats`."""
+
+    function = staticmethod(F.linear_token_stats)
+
+
+class PreferenceLoss(_Options):
+    """Module of :func:`fused_losses.preference_loss`."""
+
+    function = staticmethod(preference_loss)

@@ -43,14 +43,24 @@ class UnitLayout:
     def of(y: Tensor, unit_of: Tensor | None, ignore_index: int) -> UnitLayout:
         """Lay out the tokens of units ``unit_of`` (N,); None: every token is its own unit.
 
-        Counting units is the one host synchronisation of a call.
+        Planning needs the sizes of units on the host: one copy of the ids, the one host
+        synchronisation of a call.
+
+        Raises:
+            ValueError: A counted token of a negative unit.
         """
-        positions = (y != ignore_index).nonzero()[:, 0]
         if unit_of is None:
+            positions = (y != ignore_index).nonzero()[:, 0]
             return UnitLayout(positions, positions, [1] * positions.numel())
-        units, order = torch.sort(unit_of[positions], stable=True)
+        nowhere = torch.iinfo(torch.int64).min
+        units = torch.where(y != ignore_index, unit_of.to(torch.int64), nowhere).cpu()
+        units, positions = torch.sort(units, stable=True)
+        first = int(torch.searchsorted(units, nowhere, right=True))
+        units, positions = units[first:], positions[first:]
+        if units.numel() and units[0] < 0:
+            raise ValueError(f"units must be >= 0 at counted positions, got {int(units[0])}")
         ids, sizes = torch.unique_consecutive(units, return_counts=True)
-        return UnitLayout(positions[order], ids, sizes.tolist())
+        return UnitLayout(positions.to(y.device), ids.to(y.device), sizes.tolist())
 
 
 @dataclass(frozen=True)

@@ -335,8 +335,6 @@ def linear_loss(
         if not isinstance(units, Tensor) or units.is_floating_point() or units.dtype == torch.bool:
             raise TypeError("units must be an integer tensor of target's shape")
         unit_of = tokens.flat("units", units)
-        if unit_of.device.type == "cpu" and bool((unit_of[tokens.counted] < 0).any()):
-            raise ValueError("units must be >= 0 at counted positions")
 
     def call(stats: TokenStats, chunk: UnitChunk) -> Tensor:
         # With shift, the row at t scores the label at t + 1 of the same sequence.

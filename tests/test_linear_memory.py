@@ -1,0 +1,251 @@
+"""No tensor of tokens x vocabulary, forward or backward; and how much memory there is besides.
+
+Seen from two sides: the profiler's memory events (what ATen's kernels take inside counts too) and
+the storages that reach a ``TorchDispatchMode``, which looks inside the library's operators.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from linear_oracle import (
+    HeadBatch,
+    NewTensors,
+    head_batch,
+    memory_events,
+    near_reference,
+    peak,
+)
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import fused_losses
+from fused_losses.backends import RowMaths
+from fused_losses.engine import chunks as engine
+from fused_losses.engine import head as head_products
+from fused_losses.engine.head import Head
+from fused_losses.plan import LinearShape, plan_linear
+
+B, T, D, V = 12, 25, 96, 5003
+BUDGET = 2**20
+N = 200
+SEQUENCES = torch.arange(B)[:, None].expand(B, T)
+# What O(N) vectors, row statistics and Python's bookkeeping take; far below a chunk.
+SLACK = 2**16
+# Upcast vocabulary at a time, where a CPU makes fp32 of 16-bit operands: outside the workspace.
+UPCAST = 2**20
+
+
+def _squares(stats: fused_losses.TokenStats, rows: Tensor) -> Tensor:
+    return (stats.logps**2).sum()
+
+
+def _first(batch: HeadBatch) -> tuple[Tensor, Tensor, Tensor]:
+    return batch.x, batch.w, batch.y
+
+
+CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any], str]] = {
+    "mle": (fused_losses.linear_mle_loss, {}, ""),
+    "mle, capped and smoothed": (
+        fused_losses.linear_mle_loss,
+        {"softcap": 20.0, "label_smoothing": 0.1, "z_loss": 1e-3},
+        "",
+    ),
+    "hellinger": (fused_losses.linear_hellinger_loss, {}, "ref"),
+    "hellinger, none": (fused_losses.linear_hellinger_loss, {"reduction": "none"}, "ref"),
+    "statistics": (fused_losses.linear_token_stats, {}, ""),
+    "statistics with entropy, capped": (
+        fused_losses.linear_token_stats,
+        {"entropy": True, "softcap": 20.0},
+        "",
+    ),
+    "linear_loss": (fused_losses.linear_loss, {"units": SEQUENCES}, "fn"),
+    "linear_loss with entropy, capped": (
+        fused_losses.linear_loss,
+        {"entropy": True, "softcap": 20.0},
+        "fn",
+    ),
+    "linear_loss, too large a unit": (
+        fused_losses.linear_loss,
+        {"units": torch.zeros_like(SEQUENCES)},
+        "fn",
+    ),
+    "dpo": (fused_losses.linear_dpo_loss, {}, "ref"),
+    "sequences": (fused_losses.linear_pearson_loss, {"level": "sequence"}, "ref"),
+}
+each_call = pytest.mark.parametrize("name", CALLS)
+
+
+def _arguments(
+    name: str, batch: HeadBatch, ref: Tensor, **more: Any
+) -> tuple[Callable[..., Any], list[Any], dict[str, Any]]:
+    fn, options, extra = CALLS[name]
+    args: list[Any] = [*_first(batch)]
+    args += [ref] if extra == "ref" else [_squares] if extra == "fn" else []
+    return fn, args, {"workspace_bytes": BUDGET, **options, **more}
+
+
+def _run(name: str, batch: HeadBatch, ref: Tensor, **more: Any) -> list[Tensor]:
+    fn, args, options = _arguments(name, batch, ref, **more)
+    out = fn(*args, **options)
+    if isinstance(out, fused_losses.TokenStats):
+        out = sum(t.sum() for t in out[:3] if t is not None)
+    leaves = [t for t in batch.tensors if t.requires_grad]
+    return list(torch.autograd.grad(out.sum(), leaves)) if leaves else []
+
+
+def test_the_instruments_see_eager_torch_make_the_logits() -> None:
+    batch = head_batch((B, T), D, V).leaves()
+
+    def eager() -> Tensor:
+        loss = F.cross_entropy(F.linear(batch.x, batch.w).view(-1, V), batch.y.view(-1))
+        return torch.autograd.grad(loss, batch.x)[0]
+
+    assert max(memory_events(eager)) >= B * T * V * 4
+    with NewTensors(*batch.tensors) as seen:
+        eager()
+    assert seen.largest >= B * T * V
+
+
+@each_call
+@pytest.mark.parametrize("trained", ["nothing", "input", "input and weight"])
+@pytest.mark.parametrize(
+    ("dtype", "logits_dtype"),
+    [(torch.float32, None), (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32)],
+    ids=["fp32", "bf16", "bf16 with fp32 logits"],
+)
+def test_nothing_of_tokens_times_vocabulary_is_made(
+    name: str, trained: str, dtype: torch.dtype, logits_dtype: torch.dtype | None
+) -> None:
+    batch = head_batch((B, T), D, V, dtype=dtype)
+    assert batch.counted == N
+    ref = near_reference(batch)
+    if trained != "nothing":
+        batch = batch.leaves(w="weight" in trained)
+    with NewTensors(*batch.tensors) as seen:
+        _run(name, batch, ref, logits_dtype=logits_dtype)
+    # Nor anything near it: the workspace, or the weight's gradient.
+    assert seen.largest <= max(BUDGET // min(dtype.itemsize, 4), V * D)
+    assert seen.largest < N * V
+
+
+@each_call
+@pytest.mark.parametrize("trained", ["nothing", "input", "input and weight"])
+def test_memory_is_the_gradients_and_one_chunk(name: str, trained: str) -> None:
+    batch = head_batch((B, T), D, V)
+    ref = near_reference(batch)
+    if trained != "nothing":
+        batch = batch.leaves(w="weight" in trained)
+    fn, args, options = _arguments(name, batch, ref)
+    plan = fused_losses.explain(fn, *args, **options)
+    assert len(plan.chunks) > 3
+    events = memory_events(lambda: _run(name, batch, ref))
+    assert max(events) < N * V * 4
+    gradients = sum(t.numel() * t.itemsize for t in batch.tensors if t.requires_grad)
+    # A frozen head keeps d loss / d x from forward, and backward scales it into a new one.
+    kept = batch.x.numel() * 4 if plan.route == "frozen" else 0
+    # A chunk's hidden states and what they give to dx, before it takes its place.
+    chunk_rows = 2 * max(plan.chunks) * D * 4
+    assert peak(events) <= gradients + kept + plan.workspace_bytes + chunk_rows + SLACK
+
+
+@pytest.mark.parametrize("name", ["mle", "hellinger", "dpo", "statistics"])
+def test_a_16_bit_weight_gradient_takes_one_fp32_accumulator(name: str) -> None:
+    batch = head_batch((B, T), D, V, dtype=torch.bfloat16)
+    ref = near_reference(batch)
+    batch = batch.leaves()
+    fn, args, options = _arguments(name, batch, ref)
+    plan = fused_losses.explain(fn, *args, **options)
+    events = memory_events(lambda: _run(name, batch, ref))
+    gradients = sum(t.numel() * t.itemsize for t in batch.tensors)
+    accumulator = V * D * 4
+    limit = gradients + accumulator + plan.workspace_bytes + UPCAST + SLACK
+    assert peak(events) <= limit + 4 * max(plan.chunks) * D * 4
+    assert max(events) < N * V * 4
+
+
+@each_call
+def test_explained_bytes_fit_the_budget_and_are_what_is_taken(name: str) -> None:
+    batch = head_batch((B, T), D, V)
+    ref = near_reference(batch)
+    for leaves in (batch, batch.leaves(w=False), batch.leaves()):
+        for budget in (BUDGET // 3, BUDGET, 4 * BUDGET):
+            fn, args, options = _arguments(name, leaves, ref, workspace_bytes=budget)
+            plan = fused_losses.explain(fn, *args, **options)
+            assert plan.budget_bytes == budget
+            assert plan.workspace_bytes <= budget
+            # The chunk's logits alone: the plan may not promise less than they take.
+            assert plan.workspace_bytes >= max(plan.chunks) * V * 4
+
+
+@pytest.mark.parametrize("logits_dtype", [torch.bfloat16, torch.float32])
+@each_call
+def test_the_workspace_holds_all_that_a_chunk_allocates(
+    name: str, logits_dtype: torch.dtype
+) -> None:
+    """Without gradients nothing else is large, so the peak is the workspace itself."""
+    batch = head_batch((B, T), D, V, dtype=torch.bfloat16)
+    ref = near_reference(batch)
+    fn, args, options = _arguments(name, batch, ref, logits_dtype=logits_dtype)
+    plan = fused_losses.explain(fn, *args, **options)
+    upcast = UPCAST if logits_dtype == torch.float32 else 0
+    events = memory_events(lambda: _run(name, batch, ref, logits_dtype=logits_dtype))
+    assert peak(events) <= plan.workspace_bytes + upcast + SLACK + 4 * max(plan.chunks) * D * 4
+
+
+def test_the_triton_backend_takes_no_memory_beside_the_chunk() -> None:
+    batch = head_batch((4, 8), 8, 300, ignored=0.0)
+    with NewTensors(*batch.tensors) as seen:
+        for leaves in (batch.leaves(), batch.leaves(w=False)):
+            loss = fused_losses.linear_mle_loss(
+                *_first(leaves), backend="triton", workspace_bytes=5 * 300 * 4
+            )
+            loss.backward()
+    # The interpreter looks at the chunk as bytes.
+    assert 5 * 300 <= seen.largest <= 5 * 300 * 4 < batch.ndv / batch.w.shape[1]
+
+
+class _NoRows:
+    """A row pass that computes nothing: it takes no memory, as the kernels take none."""
+
+    @staticmethod
+    def row_pass(z: Tensor, *args: Any, **options: Any) -> None:
+        assert z.dim() == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_engine_stays_below_it_at_32k_tokens_and_262k_words(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    """Below the custom operator, with every row counted, on tensors that hold no memory."""
+    tokens, vocabulary, hidden, budget = 32768, 262144, 4096, 2**30
+    monkeypatch.setattr(engine, "load_backend", lambda name: _NoRows)
+    # Fewer and larger blocks of upcast vocabulary, for time: still far below the limit.
+    monkeypatch.setattr(head_products, "_BLOCK_BYTES", 2**27)
+    shape = LinearShape(hidden, vocabulary, dtype, dtype, "triton", True, True)
+    plan = plan_linear("token", tokens, shape, budget)
+    assert sum(plan.chunks) == tokens
+    with FakeTensorMode():
+        x = torch.empty(tokens, hidden, dtype=dtype)
+        w = torch.empty(vocabulary, hidden, dtype=dtype)
+        y = torch.empty(tokens, dtype=torch.int64)
+        with NewTensors(x, w, y) as seen:
+            head = Head(w, None, dtype, dtype)
+            call = engine.ChunkedHead(x, y, None, plan, head, RowMaths(), -100)
+            sums = engine.GradientSums(call, [True, True, False], torch.float32)
+            for chunk in call:
+                chunk.row_pass(gradient=True)
+                sums.add(chunk)
+            dw, _ = sums.head_gradients(w, None)
+        assert sums.dx is not None
+        assert sums.dx.shape == x.shape
+        assert dw is not None
+        assert (dw.shape, dw.dtype) == (w.shape, dtype)
+    # dW itself is the largest tensor; the logits of all tokens would be eight times that.
+    assert seen.largest == vocabulary * hidden
+    assert seen.largest * 8 <= tokens * vocabulary
+    assert max(plan.chunks) * vocabulary * dtype.itemsize <= budget

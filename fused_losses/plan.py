@@ -70,7 +70,7 @@ class Plan:
     @property
     def has_gradient(self) -> bool:
         """Whether the row passes of this plan write gradients."""
-        return any("gradient" in kernel for kernel in self.kernels)
+        return self.route not in ("logits", "forward")
 
     def __str__(self) -> str:
         """One line for people."""
@@ -98,6 +98,7 @@ class LinearShape:
     need_db: bool = False
     softcap: bool = False
     entropy: bool = False
+    exponentials: bool = True
 
     @property
     def need_gradient(self) -> bool:
@@ -179,20 +180,14 @@ def plan_logits(tokens: int, vocabulary: int, backend: str, *, need_gradient: bo
 def _plan(
     route: Route, tokens: int, shape: LinearShape, budget: int, chunks: tuple[int, ...]
 ) -> Plan:
-    products = ["z = X W'"]
-    gradient = "row pass with gradient"
-    if route in ("unit", "recompute"):
-        gradient = "row gradient"
-    if route == "forward":
-        kernels = [*products, "row pass"]
-    else:
-        kernels = [*products, gradient] if route in ("token", "frozen") else [*products, "row pass"]
-        if route == "recompute":
-            kernels += products
-        if route == "unit":
-            kernels.append("loss function")
-        if route in ("unit", "recompute"):
-            kernels.append(gradient)
+    product, passes, gradients = "z = X W'", "row pass", ["row gradient"]
+    if route != "recompute" and shape.exponentials:
+        # The pass leaves exponentials behind, which are the gradient up to a factor per row.
+        passes, gradients = "row pass with exponentials", []
+    between = {"unit": ["loss function"], "recompute": [product]}.get(route, [])
+    kernels = [product, "row pass"]
+    if route != "forward":
+        kernels = [product, passes, *between, *gradients]
         kernels += ["dX = dz W"] * shape.need_dx + ["dW += dz' X"] * shape.need_dw
     gemms = sum(" = X W'" in k or k.startswith(("dX", "dW")) for k in kernels)
     return Plan(
@@ -217,7 +212,9 @@ def _row_bytes(route: Route, shape: LinearShape) -> tuple[int, int]:
     chunk = V * (shape.logits_dtype.itemsize + separate_gradient * shape.compute_dtype.itemsize)
     if shape.backend != "torch":
         return chunk, 0
-    copies = int(route == "unit" or shape.logits_dtype.itemsize < 4)
+    # A pass that must leave the logits as they are, or whose maths are wider, works on a copy.
+    keeps_logits = route in ("token", "unit", "frozen") and not shape.exponentials
+    copies = int(keeps_logits or shape.logits_dtype.itemsize < 4)
     copies += (shape.softcap and route != "forward") + shape.entropy
     return chunk, V * accumulate * copies
 

@@ -60,16 +60,17 @@ class Backend(Protocol):
         objective: Objective | None = None,
         ref: Tensor | None = None,
         value: Tensor | None = None,
-        row_weight: Tensor | None = None,
-        dz: Tensor | None = None,
+        exponentials: Tensor | None = None,
         entropy: bool = False,
         top1: bool = False,
         overwrite: bool = False,
     ) -> None:
-        """Fill ``rows`` from one read of z; with ``dz`` (N, V), also row_weight * d loss / d z.
+        """Fill ``rows`` from one read of z; ENTROPY and TOP1 are 0 unless asked for.
 
-        ENTROPY and TOP1 are 0 unless asked for. ``dz`` may be z itself. ``overwrite`` allows the
-        pass to use z as its scratch memory.
+        ``exponentials`` (N, V), maybe z itself, gets ``exp(z - SHIFT)`` times the derivative of
+        tanh (with a softcap), and ``-(SUM - exp(z_y - SHIFT))``, times the same, at the target:
+        ``alpha / SUM * pre`` times it is the gradient of a loss with ``d loss / d logp = -alpha``.
+        ``overwrite`` allows the pass to use z as its scratch memory.
         """
 
     def row_gradient(

@@ -31,19 +31,19 @@ def row_pass(
     objective: Objective | None = None,
     ref: Tensor | None = None,
     value: Tensor | None = None,
-    row_weight: Tensor | None = None,
-    dz: Tensor | None = None,
+    exponentials: Tensor | None = None,
     entropy: bool = False,
     top1: bool = False,
     overwrite: bool = False,
 ) -> None:
     """See :class:`fused_losses.backends.Backend`."""
-    overwrite = overwrite or (dz is not None and dz.data_ptr() == z.data_ptr())
+    e = exponentials
+    overwrite = overwrite or (e is not None and e.data_ptr() == z.data_ptr())
     for block, at in _row_blocks(z, rows.dtype):
         out, yb = rows[:, at], y[at]
         ignored = yb == ignore_index
         E = _transformed(block, maths, rows.dtype, overwrite)
-        jacobian = _jacobian(E, maths) if dz is not None else None
+        jacobian = None if e is None else _jacobian(E, maths)
         mean = E.mean(1) if objective is not None and objective.label_smoothing else None
         _exponentiate(E, yb, out, entropy=entropy, top1=top1)
         if objective is None:
@@ -56,18 +56,10 @@ def row_pass(
                 value=None if value is None else value[at],
                 mean=mean,
             )
-        if dz is not None and objective is not None and row_weight is not None:
-            w = row_weight[at].to(rows.dtype)
-            smoothing = objective.label_smoothing
-            _scale_to_gradient(
-                E,
-                yb,
-                out,
-                dlogp=w * out[lines.DLOGP],
-                dlse=w * out[lines.DLSE] if smoothing or objective.z_loss else None,
-                dmean=-smoothing * w if smoothing else None,
-            )
-            _store(E, dz[at], ignored, maths, jacobian)
+        if e is not None:
+            s_rest = out[lines.REST] * out[lines.SUM]
+            E.scatter_(1, _inside(yb, E.shape[1])[0], -s_rest[:, None])
+            _store(E, e[at], ignored, jacobian)
         # Not a product with a mask: NaN in an ignored row must not get out.
         out.masked_fill_(ignored, 0.0)
 
@@ -107,7 +99,10 @@ def row_gradient(
             dentropy=None if dentropy is None else dentropy[at].to(rows.dtype),
             surprise=surprise,
         )
-        _store(E, target, yb == ignore_index, maths, jacobian)
+        factor = maths.pre * (1.0 if maths.cap is None else maths.cap)
+        if factor != 1.0:
+            E.mul_(factor)
+        _store(E, target, yb == ignore_index, jacobian)
 
 
 def segment_sum(x: Tensor, offsets: Tensor) -> Tensor:
@@ -145,9 +140,7 @@ def _jacobian(x: Tensor, maths: RowMaths) -> Tensor | None:
 
 def _exponentiate(x: Tensor, y: Tensor, out: Tensor, *, entropy: bool, top1: bool) -> None:
     """Turn x (R, V) into exp(x - shift), the target's entry into 0, and fill the statistics."""
-    V = x.shape[1]
-    good = (y >= 0) & (y < V)
-    at_y = torch.where(good, y, 0).to(torch.int64)[:, None]
+    at_y, good = _inside(y, x.shape[1])
     shift = x.amax(1)
     x_y = x.gather(1, at_y)[:, 0]
     out[lines.TOP1] = x.argmax(1) == at_y[:, 0] if top1 else 0.0
@@ -209,15 +202,13 @@ def _scale_to_gradient(
     surprise: Tensor | None = None,
 ) -> None:
     """Turn exp(z - shift) (R, V) into d loss / d z; ``surprise`` is z - lse + entropy."""
-    V = E.shape[1]
-    good = (y >= 0) & (y < V)
+    at_y, good = _inside(y, E.shape[1])
     dlogp = torch.where(good, dlogp, torch.nan)
     alpha = -dlogp if dlse is None else dlse - dlogp
     # alpha p_y + dlogp, written with 1 - p_y so that a confident target is not rounded away.
     dz_y = -alpha * out[lines.REST]
     if dlse is not None:
         dz_y = dz_y + dlse
-    at_y = torch.where(good, y, 0).to(torch.int64)[:, None]
     if dentropy is not None and surprise is not None:
         dz_y = dz_y - dentropy * (1.0 - out[lines.REST]) * surprise.gather(1, at_y)[:, 0]
         tilt = (
@@ -228,19 +219,20 @@ def _scale_to_gradient(
         E.mul_((alpha / out[lines.SUM])[:, None])
     E.scatter_(1, at_y, dz_y[:, None])
     if dmean is not None:
-        E.add_((dmean / V)[:, None])
+        E.add_((dmean / E.shape[1])[:, None])
 
 
-def _store(
-    dz: Tensor, target: Tensor, ignored: Tensor, maths: RowMaths, jacobian: Tensor | None
-) -> None:
-    """Finish a block: the transform's derivative, zeros in ignored rows, the gradient's dtype."""
+def _inside(y: Tensor, V: int) -> tuple[Tensor, Tensor]:
+    """Labels as (R, 1) columns that can be indexed with, and which of them are in [0, V)."""
+    good = (y >= 0) & (y < V)
+    return torch.where(good, y, 0).to(torch.int64)[:, None], good
+
+
+def _store(x: Tensor, target: Tensor, ignored: Tensor, jacobian: Tensor | None) -> None:
+    """Finish a block: the transform's derivative, zeros in ignored rows, the target's dtype."""
     if jacobian is not None:
-        dz.mul_(jacobian)
-    factor = maths.pre * (1.0 if maths.cap is None else maths.cap)
-    if factor != 1.0:
-        dz.mul_(factor)
+        x.mul_(jacobian)
     if not ignored.is_cpu or ignored.any():
-        dz.masked_fill_(ignored[:, None], 0.0)
-    if dz.data_ptr() != target.data_ptr():
-        target.copy_(dz)
+        x.masked_fill_(ignored[:, None], 0.0)
+    if x.data_ptr() != target.data_ptr():
+        target.copy_(x)

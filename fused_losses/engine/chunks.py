@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_losses.backends import RowMaths, load_backend
+from fused_losses.backends import RowMaths, lines, load_backend
 from fused_losses.engine.head import Head, HeadGradient
 from fused_losses.engine.rows import Coefficients, new_rows
 from fused_losses.plan import Plan
@@ -35,7 +35,17 @@ def _capturing(t: Tensor) -> bool:
 
 
 class Chunk:
-    """Some counted tokens of a call: their hidden states, labels, logits and row results."""
+    """Some counted tokens of a call: their hidden states, labels, logits and row results.
+
+    Attributes:
+        at: Where its tokens are among the rows of the call.
+        x: (R, D) hidden states, in the compute dtype.
+        y: (R,) labels.
+        z: (R, V) logits.
+        dz: (R, V) gradient of the logits, once ``differentiate`` was called; maybe z's memory.
+        scale: (R,) factor on dz's rows that is still to be applied, or None.
+        rows: (LINES, R) row results.
+    """
 
     def __init__(self, call: ChunkedHead, at: slice | Tensor, z: Tensor, dz: Tensor) -> None:
         self._call = call
@@ -46,13 +56,15 @@ class Chunk:
             # Kept rows of ignored tokens: NaN there must not reach dW as 0 * NaN.
             self.x = self.x.masked_fill((self.y == call.ignore_index)[:, None], 0.0)
         self.z, self.dz = z, dz
+        self.scale: Tensor | None = None
+        self._exponentials = False
         self.rows = new_rows(self.y, z.dtype)
         call.head.logits(self.x, z)
 
-    def row_pass(self, *, gradient: bool = False, **options: Any) -> None:
-        """Fill ``rows`` and, with ``gradient``, ``dz``; options as ``Backend.row_pass``."""
+    def row_pass(self, *, exponentials: bool = False, **options: Any) -> None:
+        """Fill ``rows`` and, if asked, ``dz`` with exponentials; see ``Backend.row_pass``."""
         call = self._call
-        for name in ("ref", "value", "row_weight"):
+        for name in ("ref", "value"):
             if options.get(name) is not None:
                 options[name] = options[name][self.at]
         call.backend.row_pass(
@@ -61,15 +73,22 @@ class Chunk:
             self.rows,
             maths=call.maths,
             ignore_index=call.ignore_index,
-            dz=self.dz if gradient else None,
+            exponentials=self.dz if exponentials else None,
             **options,
         )
+        self._exponentials = exponentials
         # Rows of dropped tokens are zeros from the start.
         call.rows[:, self.at] = self.rows
 
-    def row_gradient(self, c: Coefficients) -> None:
-        """Fill ``dz`` from the coefficients (R,) of this chunk's rows."""
+    def differentiate(self, c: Coefficients) -> None:
+        """Make ``scale * dz`` the gradient of the logits, from the coefficients of the rows (R,).
+
+        Exponentials are there already up to a factor per row; else one more row pass writes it all.
+        """
         call = self._call
+        if self._exponentials:
+            self.scale = self._scale_exponentials(c)
+            return
         call.backend.row_gradient(
             self.z,
             self.y,
@@ -82,6 +101,26 @@ class Chunk:
             dentropy=c.dentropy,
             dz=self.dz,
         )
+
+    def _scale_exponentials(self, c: Coefficients) -> Tensor:
+        maths = self._call.maths
+        alpha, s = -c.dlogp, self.rows[lines.SUM]
+        if c.dlse is not None:
+            alpha = alpha + c.dlse
+            # The target's entry also carries dlse, divided by alpha; keep away from 0 / 0.
+            least = 2.0**-20 * c.dlse.abs()
+            alpha = torch.where(alpha.abs() < least, least, alpha)
+            extra = torch.where(c.dlse == 0.0, 0.0, c.dlse / alpha * s)
+            if maths.cap is not None:
+                tanh_y = (self.rows[lines.LOGP] + self.rows[lines.LSE]) / maths.cap
+                extra = extra * (1.0 - tanh_y * tanh_y)
+            good = (self.y >= 0) & (self.y < self.dz.shape[1])
+            at_y = torch.where(good, self.y, 0).to(torch.int64)[:, None]
+            entry = self.dz.gather(1, at_y) + extra[:, None].to(self.dz.dtype)
+            self.dz.scatter_(1, at_y, entry)
+        factor = maths.pre * (1.0 if maths.cap is None else maths.cap)
+        scale = alpha * factor / s
+        return scale.masked_fill(self.y == self._call.ignore_index, 0.0)
 
 
 class ChunkedHead:
@@ -157,13 +196,18 @@ class GradientSums:
         """Add what ``chunk.dz`` contributes."""
         if self.dx is not None:
             if isinstance(chunk.at, slice) and self.dx.dtype == self._head.compute_dtype:
-                self._head.dx(chunk.dz, self.dx[chunk.at])
+                dx = self.dx[chunk.at]
+                self._head.dx(chunk.dz, dx)
+                if chunk.scale is not None:
+                    dx.mul_(chunk.scale[:, None])
             else:
                 dtype = torch.float32 if self._half else self._head.compute_dtype
                 dx = chunk.x.new_empty(chunk.x.shape, dtype=dtype)
                 self._head.dx(chunk.dz, dx)
+                if chunk.scale is not None:
+                    dx = dx * chunk.scale[:, None]
                 self.dx[chunk.at] = dx.to(self.dx.dtype)
-        self._sums.add(chunk.dz, chunk.x)
+        self._sums.add(chunk.dz, chunk.x, chunk.scale)
 
     def head_gradients(
         self, weight: Tensor, bias: Tensor | None

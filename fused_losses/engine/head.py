@@ -75,12 +75,17 @@ class HeadGradient:
         self.db = head.weight.new_zeros(head.weight.shape[0], dtype=wide) if need_db else None
         self._started = False
 
-    def add(self, dz: Tensor, x: Tensor) -> None:
-        """Add a chunk: ``dw += dz.T @ x``, ``db += dz.sum(0)``."""
+    def add(self, dz: Tensor, x: Tensor, scale: Tensor | None) -> None:
+        """Add a chunk: ``dw += dz.T @ x``, ``db += dz.sum(0)``, dz's rows times ``scale``."""
         if self.dw is not None:
-            _product(dz.t(), x, self.dw, accumulate=self._started)
+            # (R, D), not (R, V): the factor goes to the smaller operand.
+            scaled = x if scale is None else (x * scale[:, None]).to(x.dtype)
+            _product(dz.t(), scaled, self.dw, accumulate=self._started)
         if self.db is not None:
-            self.db += dz.sum(0, dtype=self.db.dtype)
+            if scale is None:
+                self.db += dz.sum(0, dtype=self.db.dtype)
+            else:
+                self.db += torch.mv(dz.t().to(self.db.dtype), scale.to(self.db.dtype))
         self._started = True
 
 

@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fused_losses.backends import RowMaths
+from fused_losses.backends import Objective, RowMaths
 from fused_losses.engine.chunks import Chunk, ChunkedHead, GradientSums, counted_positions
 from fused_losses.engine.head import Head
 from fused_losses.engine.registry import unpack
+from fused_losses.engine.rows import Coefficients, lines
 from fused_losses.plan import LinearShape, Route, plan_linear
 
 Dtypes = tuple[torch.dtype, torch.dtype, torch.dtype]  # of computing, logits, dw's accumulator
 
 
 def linear_shape(
-    w: Tensor, maths: RowMaths, dtypes: Dtypes, backend: str, needs: list[bool], entropy: bool
+    w: Tensor,
+    maths: RowMaths,
+    dtypes: Dtypes,
+    backend: str,
+    needs: list[bool],
+    *,
+    entropy: bool,
+    exponentials: bool,
 ) -> LinearShape:
     """Describe a call to the planner; ``needs``: gradients of input, weight, bias."""
     need_dx, need_dw, need_db = needs
@@ -32,7 +41,18 @@ def linear_shape(
         need_db=need_db,
         softcap=maths.softcap is not None,
         entropy=entropy,
+        exponentials=exponentials,
     )
+
+
+def exponentials_serve(
+    compute_dtype: torch.dtype, *, label_smoothing: float = 0.0, entropy_gradient: bool = False
+) -> bool:
+    """Whether the gradient of the logits is a multiple of their exponentials, row by row.
+
+    It is not under label smoothing and for entropies; and fp16 has no room for exponentials.
+    """
+    return not (label_smoothing or entropy_gradient or compute_dtype == torch.float16)
 
 
 def open_call(
@@ -49,12 +69,16 @@ def open_call(
     route: Route,
     needs: list[bool],
     entropy: bool,
+    label_smoothing: float = 0.0,
 ) -> ChunkedHead:
     """Plan a call over the labels that count and set up its loop."""
     maths, _ = unpack("", options)
     positions = counted_positions(y, ignore_index)
     tokens = y.numel() if positions is None else positions.numel()
-    shape = linear_shape(w, maths, dtypes, backend, needs, entropy)
+    exponentials = exponentials_serve(dtypes[0], label_smoothing=label_smoothing)
+    shape = linear_shape(
+        w, maths, dtypes, backend, needs, entropy=entropy, exponentials=exponentials
+    )
     plan = plan_linear(route, tokens, shape, budget)
     head = Head(w, bias, *dtypes[:2])
     return ChunkedHead(x, y, positions, plan, head, maths, ignore_index)
@@ -64,12 +88,12 @@ def sum_gradients(
     call: ChunkedHead,
     needs: list[bool],
     accum_dtype: torch.dtype,
-    make_dz: Callable[[Chunk], None],
+    differentiate: Callable[[Chunk], None],
 ) -> GradientSums:
-    """Let ``make_dz`` fill ``dz`` of every chunk, and sum what the chunks contribute."""
+    """Let ``differentiate`` fill ``dz`` of every chunk, and sum what the chunks contribute."""
     sums = GradientSums(call, needs, accum_dtype)
     for chunk in call:
-        make_dz(chunk)
+        differentiate(chunk)
         sums.add(chunk)
     return sums
 
@@ -82,3 +106,22 @@ def or_empty(t: Tensor | None, like: Tensor) -> Tensor:
 def deferred(compute_dtype: torch.dtype) -> bool:
     """Whether the factor 1 / count is applied in backward: fp16 dz would be flushed by it."""
     return compute_dtype == torch.float16
+
+
+def run_row_pass(
+    chunk: Chunk,
+    objective: Objective | None,
+    row_weight: Tensor | None,
+    **options: Any,
+) -> None:
+    """Run a token loss over a chunk and, given its rows' weights (N,), differentiate it."""
+    if row_weight is None or objective is None:
+        chunk.row_pass(objective=objective, overwrite=True, **options)
+        return
+    eps = objective.label_smoothing
+    exponentials = exponentials_serve(chunk.dz.dtype, label_smoothing=eps)
+    chunk.row_pass(objective=objective, exponentials=exponentials, **options)
+    w = row_weight[chunk.at]
+    dlse = w * chunk.rows[lines.DLSE] if eps or objective.z_loss else None
+    dmean = -eps * w if eps else None
+    chunk.differentiate(Coefficients(w * chunk.rows[lines.DLOGP], dlse, dmean))

@@ -12,7 +12,13 @@ import torch
 from torch import Tensor
 
 from fused_losses.engine.chunks import Chunk
-from fused_losses.engine.linear_call import deferred, open_call, or_empty, sum_gradients
+from fused_losses.engine.linear_call import (
+    deferred,
+    open_call,
+    or_empty,
+    run_row_pass,
+    sum_gradients,
+)
 from fused_losses.engine.once import refuse_second_derivative
 from fused_losses.engine.registry import unpack
 from fused_losses.engine.rows import coefficients, lines, new_rows
@@ -53,19 +59,19 @@ def linear_rows(
         route="frozen" if keep_dx else "forward",
         needs=[keep_dx, False, False],
         entropy=entropy,
+        label_smoothing=0.0 if objective is None else objective.label_smoothing,
     )  # fmt: skip
     ones = torch.ones((), dtype=call.rows.dtype, device=y.device).expand(y.shape)
 
     def row_pass(chunk: Chunk) -> None:
-        chunk.row_pass(
-            gradient=keep_dx,
-            objective=objective,
+        run_row_pass(
+            chunk,
+            objective,
+            ones if keep_dx else None,
             ref=ref,
             value=value,
-            row_weight=ones,
             entropy=entropy,
             top1=entropy or not loss,
-            overwrite=True,
         )
 
     dx = None
@@ -129,7 +135,7 @@ def linear_rows_gradient(
 
             def row_gradient(chunk: Chunk) -> None:
                 chunk.rows = rows[:, chunk.at].contiguous()
-                chunk.row_gradient(near_one.map(lambda t: t[chunk.at]))
+                chunk.differentiate(near_one.map(lambda t: t[chunk.at]))
 
             sums = sum_gradients(call, needs, accum_dtype, row_gradient)
             found = (sums.dx, *sums.head_gradients(w, bias))

@@ -12,7 +12,13 @@ import torch
 from torch import Tensor
 
 from fused_losses.engine.chunks import Chunk
-from fused_losses.engine.linear_call import deferred, open_call, or_empty, sum_gradients
+from fused_losses.engine.linear_call import (
+    deferred,
+    open_call,
+    or_empty,
+    run_row_pass,
+    sum_gradients,
+)
 from fused_losses.engine.once import graph_is_kept, once_differentiable
 from fused_losses.engine.registry import unpack
 from fused_losses.engine.rows import lines, new_rows
@@ -51,6 +57,7 @@ def linear_loss_sum(
     call = open_call(
         x, w, bias, y, options, ignore_index, dtypes, budget, backend,
         route=route, needs=needs, entropy=entropy,
+        label_smoothing=0.0 if objective is None else objective.label_smoothing,
     )  # fmt: skip
     dtype = call.rows.dtype
     weight = _row_weight(token_weight, factor, y, dtype)
@@ -58,15 +65,14 @@ def linear_loss_sum(
     in_row = _row_weight(token_weight, torch.ones_like(factor), y, dtype) if wait else weight
 
     def row_pass(chunk: Chunk) -> None:
-        chunk.row_pass(
-            gradient=any(needs),
-            objective=objective,
+        run_row_pass(
+            chunk,
+            objective,
+            in_row if any(needs) else None,
             ref=ref,
             value=value,
-            row_weight=in_row,
             entropy=entropy,
             top1=entropy,
-            overwrite=True,
         )
 
     with torch.autocast(x.device.type, enabled=False):

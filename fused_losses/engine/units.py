@@ -18,7 +18,7 @@ from torch import Tensor
 from fused_losses.backends import RowMaths, lines
 from fused_losses.engine.chunks import Chunk, ChunkedHead, GradientSums
 from fused_losses.engine.head import Head
-from fused_losses.engine.linear_call import Dtypes
+from fused_losses.engine.linear_call import Dtypes, exponentials_serve
 from fused_losses.engine.once import graph_is_kept, once_differentiable
 from fused_losses.engine.rows import Coefficients
 from fused_losses.plan import Plan
@@ -126,7 +126,13 @@ class _UnitSum(torch.autograd.Function):
         total = chunked.rows.new_zeros(())
         with torch.autocast(x.device.type, enabled=False):
             for chunk, units in zip(chunked, call.unit_chunks(), strict=True):
-                chunk.row_pass(entropy=call.entropy, top1=True, overwrite=sums is None)
+                serve = exponentials_serve(compute_dtype, entropy_gradient=call.entropy)
+                chunk.row_pass(
+                    exponentials=serve and sums is not None,
+                    entropy=call.entropy,
+                    top1=True,
+                    overwrite=sums is None,
+                )
                 total += _chunk_loss(chunk, units, call, sums)
         gradients = (None, None, None) if sums is None else (sums.dx, *sums.head_gradients(w, bias))
         ctx.save_for_backward(x, w, bias, *gradients)
@@ -173,6 +179,6 @@ def _chunk_loss(
             found = list(torch.autograd.grad(loss, leaves, allow_unused=True))
         dlogp, dlse, *dentropy = found
         dlogp = torch.zeros_like(leaves[0]) if dlogp is None else dlogp
-        chunk.row_gradient(Coefficients(dlogp, dlse, dentropy=dentropy[0] if dentropy else None))
+        chunk.differentiate(Coefficients(dlogp, dlse, dentropy=dentropy[0] if dentropy else None))
         sums.add(chunk)
     return loss.detach()

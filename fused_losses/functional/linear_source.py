@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fused_losses.backends import Objective, resolve_backend
-from fused_losses.engine.linear_call import linear_shape
+from fused_losses.engine.linear_call import exponentials_serve, linear_shape
 from fused_losses.engine.linear_rows import linear_rows
 from fused_losses.engine.linear_sum import linear_loss_sum
 from fused_losses.engine.registry import pack
@@ -94,7 +94,7 @@ class LinearSource:
         """Hidden states, (N, D)."""
         return self.input.reshape(-1, self.input.shape[-1])
 
-    def shape(self, *, entropy: bool) -> LinearShape:
+    def shape(self, *, entropy: bool, entropy_gradient: bool = False) -> LinearShape:
         """What the planner needs to know."""
         return linear_shape(
             self.weight,
@@ -102,7 +102,12 @@ class LinearSource:
             (self.compute_dtype, self.logits_dtype, self.accum_dtype),
             self.backend,
             self.needs,
-            entropy,
+            entropy=entropy,
+            exponentials=exponentials_serve(
+                self.compute_dtype,
+                label_smoothing=self.options.label_smoothing,
+                entropy_gradient=entropy_gradient,
+            ),
         )
 
     def _explain(self, tokens: Tokens, *, reduced: bool, entropy: bool) -> None:

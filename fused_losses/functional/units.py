@@ -16,7 +16,8 @@ from fused_losses.stats import TokenStats
 
 def plan_of_units(source: LinearSource, layout: UnitLayout, *, entropy: bool) -> Plan | None:
     """Plan chunks of whole units; None if a unit does not fit the workspace."""
-    return plan_units(layout.sizes, source.shape(entropy=entropy), source.budget)
+    shape = source.shape(entropy=entropy, entropy_gradient=entropy)
+    return plan_units(layout.sizes, shape, source.budget)
 
 
 def sum_over_units(

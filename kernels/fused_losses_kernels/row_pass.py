@@ -1,15 +1,21 @@
-"""The row pass: all that a loss needs from one row of logits, and the row's gradient.
+"""The row pass: all that a loss needs from one row of logits, in one read.
 
-One program owns one row and reads it in blocks of BLOCK_V columns, keeping a running maximum m and
-running sums relative to it (online softmax). The sum leaves the target out:
+One program owns one row and reads it in blocks of BLOCK_V columns. Exponentials are relative to a
+shift k per row, the maximum of the first block and of the target's logit:
 
-    s_rest = sum_{v != y} exp(z_v - m),   logp = -log1p(s_rest / exp(z_y - m)),   1 - p_y = s_rest /
-    s
+    E_v = exp(z_v - k),   s_rest = sum_{v != y} E_v,   s = s_rest + E_y
+    logp = -log1p(s_rest / E_y),   lse = k + log s,   1 - p_y = s_rest / s
 
-so confident targets keep their relative accuracy. From logp the program evaluates the token loss it
-was given, a device function ``r -> (phi, weight)``; it knows no loss by name. Bytes: one read of
-the logits; with a gradient wanted at once, a second read (of a row that was just read) and one
-write.
+The sum leaves the target out, so confident targets keep their relative accuracy. k need not be the
+maximum: fp32 and bf16 have room above. A row whose later block exceeds k by more than ``_ROOM`` is
+scaled down by a power of two, which is exact, and goes on. From logp the program evaluates the
+token loss it was given, a device function ``r -> (phi, weight)``; it knows no loss by name.
+
+On request it also writes E, one write per element, over the logits or elsewhere, with the entry of
+the target replaced by -s_rest. Then (g / s) E is the gradient of any loss with d loss / d logp =
+-g, before g is known: p - 1_y up to the factor, exact for confident targets. With a softcap E is
+multiplied by the derivative of tanh. No atomics, no host synchronisation; equal logits give equal
+bits at any stride.
 """
 
 from __future__ import annotations
@@ -28,7 +34,6 @@ from fused_losses_kernels.row_common import (
     row_offset,
     strides,
     transformed,
-    write_gradient,
     write_zeros,
 )
 
@@ -39,6 +44,21 @@ _LOSS, _LOGP, _LSE, _ENTROPY = (
 )
 _TOP1, _DLOGP, _DLSE = (tl.constexpr(line) for line in (lines.TOP1, lines.DLOGP, lines.DLSE))
 _SHIFT, _SUM, _REST = (tl.constexpr(line) for line in (lines.SHIFT, lines.SUM, lines.REST))
+# e**30 times a vocabulary of 2**20 is far inside the range of fp32 and of bf16.
+_ROOM = tl.constexpr(30.0)
+_LOG2E = tl.constexpr(1.4426950408889634)
+_LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _scale_down(e_ptr, y, stop, factor, ACC: tl.constexpr, BLOCK_V: tl.constexpr):
+    """Multiply the exponentials written so far, columns below ``stop``, by a power of two."""
+    tl.debug_barrier()
+    for start in range(0, stop, BLOCK_V):
+        cols = start + tl.arange(0, BLOCK_V).to(tl.int64)
+        e = tl.load(e_ptr + cols, mask=cols != y, other=0.0).to(ACC)
+        tl.store(e_ptr + cols, (e * factor).to(e_ptr.dtype.element_ty), mask=cols != y)
+    tl.debug_barrier()
 
 
 @triton.jit
@@ -47,16 +67,15 @@ def _row_pass_kernel(
     y_ptr,  # (N,) int
     ref_ptr,  # (N,) or None
     value_ptr,  # (N,) or None
-    weight_ptr,  # (N,) weight of each row's loss in the gradient; None without dz
     rows_ptr,  # (LINES, N) out, ACC
-    dz_ptr,  # (N, V) out, rows contiguous; may be z; or None
+    e_ptr,  # (N, V) out, rows contiguous; may be z; or None
     N,
     T,
     V,
     stride_zb,
     stride_zt,
     stride_zv,
-    stride_dn,
+    stride_en,
     ignore_index,
     pre: tl.float64,
     cap: tl.float64,
@@ -77,17 +96,16 @@ def _row_pass_kernel(
     y = tl.load(y_ptr + n).to(tl.int64)
     rows_ptr += n
     step = tl.full((), N, tl.int64)
-    # Scalars come as fp64. A compiled branch may not change a variable's type, so cast out here.
-    pre = tl.full((), pre, ACC)
-    cap = tl.full((), cap, ACC)
-    beta = tl.full((), beta, ACC)
-    r0 = tl.full((), r0, ACC)
+    if e_ptr is not None:
+        e_ptr += n * stride_en
     if y == ignore_index:
         for line in tl.static_range(_LINES):
             tl.store(rows_ptr + line * step, 0.0)
-        if dz_ptr is not None:
-            write_zeros(dz_ptr + n * stride_dn, V, BLOCK_V)
+        if e_ptr is not None:
+            write_zeros(e_ptr, V, BLOCK_V)
     else:
+        pre = tl.full((), pre, ACC)
+        cap = tl.full((), cap, ACC)
         z_ptr += row_offset(n, T, stride_zb, stride_zt)
         # A bad label never reads outside its row, and its row is NaN.
         good = (y >= 0) & (y < V)
@@ -95,8 +113,7 @@ def _row_pass_kernel(
         if SOFTCAP:
             z_y = cap * tanh(z_y)
 
-        m = tl.full((), float("-inf"), ACC)
-        shift = tl.zeros((), ACC)
+        k = tl.where(z_y == z_y, z_y, float("-inf"))
         s_rest = tl.zeros((), ACC)
         s_log = tl.zeros((), ACC)  # sum of E log E, target included
         total = tl.zeros((), ACC)
@@ -104,26 +121,43 @@ def _row_pass_kernel(
         for start in range(0, V, BLOCK_V):
             cols = start + tl.arange(0, BLOCK_V).to(tl.int64)
             x = transformed(z_ptr, cols, stride_zv, V, pre, cap, ACC, SOFTCAP)
-            m_new = tl.maximum(m, tl.max(x, axis=0))
-            shift_new = tl.where(m_new == float("-inf"), 0.0, m_new)
-            e = tl.exp(x - shift_new)
-            grown = tl.where(m == float("-inf"), 0.0, m - shift_new)
-            rescale = tl.exp(grown)
-            if ENTROPY_WANTED:
-                e_y = tl.where(y < start, tl.exp(z_y - shift), 0.0)
-                s_log = rescale * (s_log + (s_rest + e_y) * grown)
-                s_log += tl.sum(tl.where(e > 0.0, e * (x - shift_new), 0.0), axis=0)
+            m = tl.max(x, axis=0)
+            if start == 0:
+                k = tl.maximum(k, m)
+            elif m > k + _ROOM:
+                # The first finite block, if all before it was -inf; else a power of two.
+                first = k == float("-inf")
+                steps = tl.where(first, 0.0, tl.ceil((m - k) * _LOG2E))
+                factor = tl.exp2(-steps)
+                if ENTROPY_WANTED:
+                    e_y = tl.where(y < start, tl.exp(z_y - tl.where(first, 0.0, k)), 0.0)
+                    s_log = factor * (s_log - (s_rest + e_y) * (steps * _LN2))
+                s_rest *= factor
+                if e_ptr is not None:
+                    _scale_down(e_ptr, y, start, factor, ACC, BLOCK_V)
+                k = tl.where(first, m, k + steps * _LN2)
+            shift = tl.where(k == float("-inf"), 0.0, k)
+            e = tl.exp(x - shift)
             # NaN reaches the result through this sum; tl.max drops it.
-            s_rest = s_rest * rescale + tl.sum(tl.where(cols == y, 0.0, e), axis=0)
+            s_rest += tl.sum(tl.where(cols == y, 0.0, e), axis=0)
+            if ENTROPY_WANTED:
+                s_log += tl.sum(tl.where(e > 0.0, e * (x - shift), 0.0), axis=0)
             if SMOOTHED:
                 total += tl.sum(tl.where(cols < V, x, 0.0), axis=0)
             if TOP1_WANTED:
                 above = (x > z_y) | ((x == z_y) & (cols < y))
                 beaten = tl.maximum(beaten, tl.max(above.to(tl.int32), axis=0))
-            m = m_new
-            shift = shift_new
+            if e_ptr is not None:
+                if SOFTCAP:
+                    e *= 1.0 - (x / cap) * (x / cap)
+                # The target's entry is written once, at the end: no two threads write one place.
+                kept = (cols < V) & (cols != y)
+                tl.store(e_ptr + cols, e.to(e_ptr.dtype.element_ty), mask=kept)
 
+        shift = tl.where(k == float("-inf"), 0.0, k)
         e_y = tl.exp(z_y - shift)
+        # exp(inf - k) is infinite, not NaN, if the +inf came after the first block.
+        s_rest = tl.where(s_rest == float("inf"), float("nan"), s_rest)
         s = s_rest + e_y
         log_s = tl.log(s)
         # The first form is exact for confident targets; its quotient overflows for hopeless ones.
@@ -131,7 +165,6 @@ def _row_pass_kernel(
         odds = s_rest / tl.where(confident, e_y, 1.0)
         logp = tl.where(confident, -log1p(odds), (z_y - shift) - log_s)
         lse = shift + log_s
-        rest = s_rest / s
         entropy = tl.zeros((), ACC)
         if ENTROPY_WANTED:
             entropy = log_s - s_log / s
@@ -141,9 +174,18 @@ def _row_pass_kernel(
         tl.store(rows_ptr + _TOP1 * step, (TOP1_WANTED & (beaten == 0) & (logp == logp)).to(ACC))
         tl.store(rows_ptr + _SHIFT * step, shift)
         tl.store(rows_ptr + _SUM * step, s)
-        tl.store(rows_ptr + _REST * step, rest)
+        tl.store(rows_ptr + _REST * step, s_rest / s)
+        if e_ptr is not None:
+            d_y = -s_rest
+            if SOFTCAP:
+                d_y *= 1.0 - (z_y / cap) * (z_y / cap)
+            tl.store(e_ptr + y, d_y.to(e_ptr.dtype.element_ty), mask=good)
 
+        loss = tl.zeros((), ACC)
+        dlogp = tl.zeros((), ACC)
+        dlse = tl.zeros((), ACC)
         if PHI is not None:
+            beta = tl.full((), beta, ACC)
             r = logp
             if ref_ptr is not None:
                 r -= tl.load(ref_ptr + n).to(ACC)
@@ -153,54 +195,24 @@ def _row_pass_kernel(
                 value = tl.load(value_ptr + n).to(ACC)
             r += value
             if CONTINUED:
+                r0 = tl.full((), r0, ACC)
                 phi, weight = PHI(tl.where(r < r0, r0, r))
                 phi += tl.where(r < r0, weight * (r - r0), 0.0)
             else:
                 phi, weight = PHI(r)
             loss = (value - phi) / beta
             dlogp = tl.where(good, -weight, float("nan"))
-            dlse = tl.zeros((), ACC)
-            dmean = tl.zeros((), ACC)
             if SMOOTHED:
                 eps = tl.full((), smoothing, ACC)
                 loss = (1.0 - eps) * loss + eps * (lse - total / V)
                 dlogp *= 1.0 - eps
                 dlse += eps
-                dmean -= eps / V
             lam = tl.full((), z_loss, ACC)
             loss += lam * lse * lse
             dlse += 2.0 * lam * lse
-            tl.store(rows_ptr + _LOSS * step, loss)
-            tl.store(rows_ptr + _DLOGP * step, dlogp)
-            tl.store(rows_ptr + _DLSE * step, dlse)
-            if dz_ptr is not None:
-                w = tl.load(weight_ptr + n).to(ACC)
-                write_gradient(
-                    z_ptr,
-                    dz_ptr + n * stride_dn,
-                    y,
-                    V,
-                    stride_zv,
-                    pre,
-                    cap,
-                    shift,
-                    s,
-                    rest,
-                    w * dlogp,
-                    w * dlse,
-                    w * dmean,
-                    0.0,
-                    entropy,
-                    ACC,
-                    SOFTCAP,
-                    False,
-                    BLOCK_V,
-                )
-        else:
-            zero = tl.zeros((), ACC)
-            tl.store(rows_ptr + _LOSS * step, zero)
-            tl.store(rows_ptr + _DLOGP * step, zero)
-            tl.store(rows_ptr + _DLSE * step, zero)
+        tl.store(rows_ptr + _LOSS * step, loss)
+        tl.store(rows_ptr + _DLOGP * step, dlogp)
+        tl.store(rows_ptr + _DLSE * step, dlse)
 
 
 def row_pass(
@@ -210,8 +222,7 @@ def row_pass(
     *,
     ref: Tensor | None,
     value: Tensor | None,
-    row_weight: Tensor | None,
-    dz: Tensor | None,
+    exponentials: Tensor | None,
     phi: Any,
     ignore_index: int,
     pre: float,
@@ -223,7 +234,7 @@ def row_pass(
     entropy: bool,
     top1: bool,
 ) -> None:
-    """Fill ``rows`` and, if given, ``dz`` (rows contiguous; it may be z itself)."""
+    """Fill ``rows`` and, if given, ``exponentials`` (rows contiguous; it may be z itself)."""
     N = y.numel()
     if N == 0:
         return
@@ -234,16 +245,15 @@ def row_pass(
         y,
         ref,
         value,
-        row_weight,
         rows,
-        dz,
+        exponentials,
         N,
         T,
         V,
         stride_zb,
         stride_zt,
         stride_zv,
-        0 if dz is None else dz.stride(0),
+        0 if exponentials is None else exponentials.stride(0),
         ignore_index,
         pre,
         cap or 0.0,

@@ -1,23 +1,16 @@
 """How a call will run: route, chunks, FLOPs and bytes, decided before anything is computed.
 
 Pure functions of shapes, dtypes, who needs a gradient and the byte budget. One GEMM over the head
-is 2 N D V FLOPs, N the labels that are not ignored. The routes of the linear path:
+is 2 N D V FLOPs, N the labels that are not ignored. The routes of the linear path, with their FLOPs
+in units of N D V for a frozen and for a trained head:
 
-==========  ====
-===================================================================================== route
-NDV   when ==========  ====
-===================================================================================== forward     2
-   no gradient is wanted token       4, 6  a reduced token loss: gradients are formed while the
-   chunk's logits exist
-                  (4: frozen head; 6: trained head)
-unit        4, 6  a function of the log-probs of whole units, called once per chunk of them
-frozen      4     arbitrary use of log-probs or per-token losses, head frozen: their gradients with
-                  respect to the hidden states are kept, (N, D), and scaled in backward
-recompute   8     the same with a trained head (6: frozen head with entropy gradients): backward
-makes
-                  each chunk's logits again
-==========  ====
-=====================================================================================
+- forward (2): no gradient is wanted.
+- token (4, 6): a reduced token loss; gradients are formed while the chunk's logits exist.
+- unit (4, 6): a function of the log-probs of whole units, called once per chunk of them.
+- frozen (4): arbitrary use of log-probs or of per-token losses, head frozen; their gradients with
+  respect to the hidden states are kept, (N, D), and scaled in backward.
+- recompute (8): the same with a trained head (6: frozen, with entropy gradients); backward makes
+  each chunk's logits again.
 """
 
 from __future__ import annotations
@@ -70,7 +63,7 @@ class Plan:
     @property
     def has_gradient(self) -> bool:
         """Whether the row passes of this plan write gradients."""
-        return self.route not in ("logits", "forward")
+        return any("gradient" in k or "exponentials" in k for k in self.kernels)
 
     def __str__(self) -> str:
         """One line for people."""
@@ -216,7 +209,9 @@ def _row_bytes(route: Route, shape: LinearShape) -> tuple[int, int]:
     keeps_logits = route in ("token", "unit", "frozen") and not shape.exponentials
     copies = int(keeps_logits or shape.logits_dtype.itemsize < 4)
     copies += (shape.softcap and route != "forward") + shape.entropy
-    return chunk, V * accumulate * copies
+    # The entropy's gradient masks what 0 * log 0 leaves, one byte per element.
+    mask = int(shape.entropy and route in ("unit", "recompute"))
+    return chunk, V * (accumulate * copies + mask)
 
 
 def _chunk_bytes(rows: int, route: Route, shape: LinearShape) -> int:

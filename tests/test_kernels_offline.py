@@ -38,13 +38,19 @@ _SHARED_BYTES = 48 * 1024  # what every GPU grants without being asked
 # Rows start 16 bytes apart and V is a multiple of 16: here loads must be as wide as they get.
 ALIGNED = {
     "bfloat16 hellinger, everything": dict(
-        dtype="bfloat16", V=32768, loss="hellinger", ref=True, value=True, dz=True, z_loss=0.1
+        dtype="bfloat16",
+        V=32768,
+        loss="hellinger",
+        ref=True,
+        value=True,
+        exponentials=True,
+        z_loss=0.1,
     ),
     "float32 mle, smoothed and capped": dict(
-        dtype="float32", V=50304, loss="mle", dz=True, label_smoothing=0.1, cap=30.0, entropy=True
+        dtype="float32", V=50304, loss="mle", label_smoothing=0.1, cap=30.0, entropy=True
     ),
     "bfloat16 statistics, short row": dict(dtype="bfloat16", V=1024, entropy=True),
-    "float64 neyman": dict(dtype="float64", V=32768, loss="neyman", ref=True, dz=True),
+    "float64 neyman": dict(dtype="float64", V=32768, loss="neyman", ref=True, exponentials=True),
 }
 RAGGED = {
     "float32 pearson, odd V": dict(dtype="float32", V=50257, loss="pearson", ref=True),
@@ -53,7 +59,14 @@ RAGGED = {
     ),
     # Triton makes constants of arguments that are 1.
     "bfloat16 kl, one row, one column, ignore_index 1": dict(
-        dtype="bfloat16", V=1, N=1, loss="kl", ref=True, dz=True, ignore_index=1, entropy=True
+        dtype="bfloat16",
+        V=1,
+        N=1,
+        loss="kl",
+        ref=True,
+        exponentials=True,
+        ignore_index=1,
+        entropy=True,
     ),
 }
 
@@ -92,7 +105,7 @@ def _launch(
     loss: str | None = None,
     ref: bool = False,
     value: bool = False,
-    dz: bool = False,
+    exponentials: bool = False,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     cap: float | None = None,
@@ -123,8 +136,7 @@ def _launch(
         rows,
         ref=per_row if ref else None,
         value=per_row if value else None,
-        row_weight=per_row if dz else None,
-        dz=z if dz else None,
+        exponentials=z if exponentials else None,
         phi=None if member is None else member.device_fn,
         beta=1.0,
         r0=float("-inf") if member is None else member.left_end(4.0),
@@ -294,7 +306,7 @@ def test_rows_that_allow_it_are_read_and_written_16_bytes_at_a_time(
     for name in ALIGNED:
         for kernel in reports[name]:
             assert kernel["wide_loads"] > 0, (name, kernel)
-            writes = kernel["kernel"] == "_row_gradient_kernel" or ALIGNED[name].get("dz")
+            writes = kernel["kernel"] == "_row_gradient_kernel" or ALIGNED[name].get("exponentials")
             assert (kernel["wide_stores"] > 0) == bool(writes), (name, kernel)
     # Every other column cannot be read so: the pattern does not match whatever comes.
     assert all(kernel["wide_loads"] == 0 for kernel in reports[list(RAGGED)[1]])

@@ -141,7 +141,7 @@ def test_the_function_sees_each_counted_token_once_in_whole_units(
         calls.append(rows)
         return stats.logps.sum()
 
-    budget = 20 * V * 8
+    budget = 20 * V * 4
     leaves = batch.leaves()
     plan = fused_losses.explain(
         fused_losses.linear_loss, leaves.x, leaves.w, leaves.y, loss_fn,

@@ -143,13 +143,17 @@ def test_the_route_and_its_products(
     assert plan.flops == 2 * products * 50 * 64 * 1000
 
 
-def test_a_unit_plan_calls_the_loss_between_row_pass_and_gradient() -> None:
-    plan = plan_units([3, 4], SHAPE, 2**20)
+@pytest.mark.parametrize("exponentials", [True, False])
+def test_a_unit_plan_calls_the_loss_before_the_gradient_products(exponentials: bool) -> None:
+    plan = plan_units([3, 4], replace(SHAPE, exponentials=exponentials), 2**20)
     assert plan is not None
     assert plan.route == "unit"
     assert plan.flops == 6 * 7 * 64 * 1000
     named = list(plan.kernels)
-    assert named.index("row pass") < named.index("loss function") < named.index("row gradient")
+    first = ["row pass with exponentials"] if exponentials else ["row pass"]
+    then = [] if exponentials else ["row gradient"]
+    assert named[1:4] == [*first, "loss function", *then, "dX = dz W"][:3]
+    assert named[-2:] == ["dX = dz W", "dW += dz' X"]
     frozen = plan_units([3], replace(SHAPE, need_dx=False, need_dw=False), 2**20)
     assert frozen is not None
     assert frozen.route == "forward"

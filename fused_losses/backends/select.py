@@ -33,8 +33,8 @@ def resolve_backend(backend: str, device: torch.device) -> str:
         source = ENVIRONMENT_VARIABLE
     choices = get_args(BackendName)
     if backend not in choices:
-        raise
-        ValueError(f"{source} must be one of {', '.join(map(repr, choices))}, got {backend!r}")
+        named = ", ".join(map(repr, choices))
+        raise ValueError(f"{source} must be one of {named}, got {backend!r}")
     if backend == "auto":
         served = device.type == "cuda" and _triton_importable()
         return "triton" if served else "torch"
@@ -53,7 +53,7 @@ def resolve_backend(backend: str, device: torch.device) -> str:
     return backend
 
 
-@functools.cache
+@torch.compiler.assume_constant_result
 def _triton_importable() -> bool:
     try:
         return importlib.import_module("triton") is not None
@@ -61,5 +61,6 @@ def _triton_importable() -> bool:
         return False
 
 
+@torch.compiler.assume_constant_result
 def _interpreted() -> bool:
     return bool(getattr(load_backend("triton"), "interpreted", False))

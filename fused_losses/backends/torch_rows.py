@@ -125,12 +125,17 @@ def _row_blocks(z: Tensor, dtype: torch.dtype) -> Iterator[tuple[Tensor, slice]]
 
 def _transformed(block: Tensor, maths: RowMaths, dtype: torch.dtype, overwrite: bool) -> Tensor:
     """Transform a block in ``dtype``, in fresh memory unless overwriting."""
-    x = block if overwrite and block.dtype == dtype else block.to(dtype, copy=True)
+    x = block if overwrite and block.dtype == dtype else _copy(block, dtype)
     if maths.pre != 1.0:
         x.mul_(maths.pre)
     if maths.cap is not None:
         x.tanh_().mul_(maths.cap)
     return x
+
+
+def _copy(block: Tensor, dtype: torch.dtype) -> Tensor:
+    # Contiguous, whatever the strides of the logits: sums take the same order, to the bit.
+    return block.to(dtype, copy=True, memory_format=torch.contiguous_format)
 
 
 def _jacobian(x: Tensor, maths: RowMaths) -> Tensor | None:
@@ -210,7 +215,9 @@ def _scale_to_gradient(
     if dlse is not None:
         dz_y = dz_y + dlse
     if dentropy is not None and surprise is not None:
-        dz_y = dz_y - dentropy * (1.0 - out[lines.REST]) * surprise.gather(1, at_y)[:, 0]
+        p_y = E.gather(1, at_y)[:, 0] / out[lines.SUM]
+        tilt_y = dentropy * p_y * surprise.gather(1, at_y)[:, 0]
+        dz_y = dz_y - torch.where(p_y == 0.0, 0.0, tilt_y)
         tilt = (
             surprise.mul_((dentropy / out[lines.SUM])[:, None]).mul_(E).masked_fill_(E == 0.0, 0.0)
         )

@@ -162,23 +162,69 @@ def _chunk_loss(
     chunk: Chunk, units: UnitChunk, call: UnitCall, sums: GradientSums | None
 ) -> Tensor:
     """Call the loss function on a chunk; with ``sums``, also add the chunk's gradients."""
-    wanted = [lines.LOGP, lines.LSE, *([lines.ENTROPY] if call.entropy else [])]
-    leaves = [chunk.rows[line].clone().requires_grad_(sums is not None) for line in wanted]
+    wanted = sums is not None
+    loss, c = call_loss(call.loss_fn, chunk.rows, units, entropy=call.entropy, gradient=wanted)
+    if sums is not None:
+        chunk.differentiate(c)
+        sums.add(chunk)
+    return loss
+
+
+def call_loss(
+    loss_fn: UnitLoss, rows: Tensor, units: UnitChunk, *, entropy: bool, gradient: bool
+) -> tuple[Tensor, Coefficients]:
+    """Call the loss function on rows (LINES, R), cut off from any graph, and differentiate it.
+
+    Returns:
+        The loss, 0-d, and its gradients with respect to logp, lse and entropy, (R,) each.
+
+    Raises:
+        ValueError: It returned something else than a 0-d tensor.
+    """
+    taken = [lines.LOGP, lines.LSE, *([lines.ENTROPY] if entropy else [])]
+    leaves = [rows[line].detach().clone().requires_grad_(gradient) for line in taken]
     stats = TokenStats(
-        leaves[0], leaves[1], leaves[2] if call.entropy else None, chunk.rows[lines.TOP1] != 0.0
+        leaves[0], leaves[1], leaves[2] if entropy else None, rows[lines.TOP1].detach() != 0.0
     )
-    with torch.set_grad_enabled(sums is not None):
-        loss = call.loss_fn(stats, units)
+    with torch.set_grad_enabled(gradient):
+        loss = loss_fn(stats, units)
     if not isinstance(loss, Tensor) or loss.dim() != 0:
         got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
         raise ValueError(f"loss_fn must return a 0-d tensor, the sum over its units, got {got}")
-    if sums is not None:
-        # A loss may ignore what it is given: no gradient then, not an error.
-        found: list[Tensor | None] = [None] * len(leaves)
-        if loss.requires_grad:
-            found = list(torch.autograd.grad(loss, leaves, allow_unused=True))
-        dlogp, dlse, *dentropy = found
-        dlogp = torch.zeros_like(leaves[0]) if dlogp is None else dlogp
-        chunk.differentiate(Coefficients(dlogp, dlse, dentropy=dentropy[0] if dentropy else None))
-        sums.add(chunk)
-    return loss.detach()
+    # A loss may ignore what it is given: no gradient then, not an error.
+    found: list[Tensor | None] = [None] * len(leaves)
+    if loss.requires_grad and gradient:
+        found = list(torch.autograd.grad(loss, leaves, allow_unused=True))
+    dlogp, dlse, *dentropy = found
+    dlogp = torch.zeros_like(leaves[0]) if dlogp is None else dlogp
+    c = Coefficients(dlogp, dlse, dentropy=dentropy[0] if dentropy else None)
+    return loss.detach(), c
+
+
+class _KnownGradient(torch.autograd.Function):
+    """A number whose gradient with respect to the rows has been computed already."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, loss: Tensor, drows: Tensor) -> Tensor:
+        ctx.save_for_backward(drows)
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor, None, None]:
+        (drows,) = ctx.saved_tensors
+        return dloss * drows, None, None
+
+
+def loss_of_rows(rows: Tensor, layout: UnitLayout, loss_fn: UnitLoss, *, entropy: bool) -> Tensor:
+    """Call the loss function once on all units, from rows (LINES, N) that autograd tracks."""
+    taken = rows.detach()[:, layout.positions]
+    units = UnitChunk(layout.positions, layout.ids)
+    gradient = rows.requires_grad
+    loss, c = call_loss(loss_fn, taken, units, entropy=entropy, gradient=gradient)
+    if not gradient:
+        return loss
+    drows = torch.zeros_like(rows)
+    for line, d in ((lines.LOGP, c.dlogp), (lines.LSE, c.dlse), (lines.ENTROPY, c.dentropy)):
+        if d is not None:
+            drows[line, layout.positions] = d
+    return _KnownGradient.apply(rows, loss.to(rows.dtype), drows)

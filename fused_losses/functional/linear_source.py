@@ -16,7 +16,7 @@ from fused_losses.engine.linear_sum import linear_loss_sum
 from fused_losses.engine.registry import pack
 from fused_losses.functional.observe import report_plan
 from fused_losses.functional.options import Options
-from fused_losses.functional.sources import refuse_sharded, wants_gradient
+from fused_losses.functional.sources import refuse_unserved, wants_gradient
 from fused_losses.functional.tokens import Tokens, check_device, check_float
 from fused_losses.plan import LinearShape, choose_route, plan_linear, workspace_budget
 
@@ -157,9 +157,10 @@ class LinearSource:
         )
         return total, rows
 
-    def statistics(self, tokens: Tokens, *, entropy: bool) -> Tensor:
+    def statistics(self, tokens: Tokens, *, entropy: bool, entropy_gradient: bool = True) -> Tensor:
         """See :class:`Source`."""
-        return self._rows(tokens, None, None, None, entropy, entropy_gradient=entropy)[1]
+        wanted = entropy and entropy_gradient
+        return self._rows(tokens, None, None, None, entropy, entropy_gradient=wanted)[1]
 
     def _rows(
         self,
@@ -175,6 +176,8 @@ class LinearSource:
         key, constants = pack(self.options.maths, o)
         shape = self.shape(entropy=entropy)
         route = choose_route(shape, reduced=False, entropy_gradient=entropy_gradient)
+        if route == "recompute":
+            plan_linear(route, 0, shape, self.budget)  # backward must not be the first to object
         loss, rows, _ = linear_rows(
             self.x,
             self.weight,
@@ -218,7 +221,7 @@ def _check_head(input: Any, weight: Any, bias: Any) -> None:
         named["linear_bias"] = bias
     for name, t in named.items():
         check_float(name, t)
-        refuse_sharded(name, t)
+        refuse_unserved(name, t)
         check_device(name, t, "input", input)
     if weight.dim() != 2:
         raise ValueError(f"linear_weight must be (V, D), got {tuple(weight.shape)}")

@@ -12,7 +12,7 @@ from fused_losses.engine.logits import logits_rows
 from fused_losses.engine.registry import pack
 from fused_losses.functional.observe import report_plan
 from fused_losses.functional.options import Options
-from fused_losses.functional.sources import refuse_sharded, wants_gradient
+from fused_losses.functional.sources import refuse_unserved, wants_gradient
 from fused_losses.functional.tokens import Tokens, check_float
 from fused_losses.plan import plan_logits
 
@@ -35,7 +35,7 @@ class LogitsSource:
             ValueError: No vocabulary; ``inplace`` on logits whose elements share memory.
         """
         check_float("logits", logits)
-        refuse_sharded("logits", logits)
+        refuse_unserved("logits", logits)
         if logits.dim() < 1 or logits.shape[-1] == 0:
             raise ValueError(f"logits must be (..., V) with V > 0, got {tuple(logits.shape)}")
         if not isinstance(inplace, bool):
@@ -111,6 +111,6 @@ class LogitsSource:
             loss = loss * token_weight.to(loss.dtype)
         return loss.sum() * factor.to(loss.dtype), rows
 
-    def statistics(self, tokens: Tokens, *, entropy: bool) -> Tensor:
+    def statistics(self, tokens: Tokens, *, entropy: bool, entropy_gradient: bool = True) -> Tensor:
         """See :class:`Source`."""
         return self._rows(tokens, None, None, None, entropy)[1]

@@ -75,7 +75,7 @@ def run_dpo(
     if fused and isinstance(source, LinearSource):
         loss, rows = _sum_over_pairs(source, tokens, ref, lengths, factor, o, entropy)
     else:
-        rows = source.statistics(tokens, entropy=entropy)
+        rows = source.statistics(tokens, entropy=entropy, entropy_gradient=False)
         ratios = _ratios(rows[lines.LOGP], ref, tokens, lengths, source.backend)
         loss = _losses(*_split(ratios), *_split(lengths.to(ratios.dtype)), o)
         loss = torch.where(present, loss, 0.0)

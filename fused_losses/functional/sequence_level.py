@@ -125,7 +125,7 @@ def run_sequence_level(
         factor = mean_factor((counts > 0).sum(), options)
         loss, rows = _sum_over_sequences(source, tokens, sequences, ref, offset, factor, o, entropy)
     else:
-        rows = source.statistics(tokens, entropy=entropy)
+        rows = source.statistics(tokens, entropy=entropy, entropy_gradient=False)
         ratio = log_ratios(rows[lines.LOGP], ref, tokens.counted)
         sums = sequences.sum(ratio, source.backend)
         loss = sequence_loss(sums, None if offset is None else offset.to(sums.dtype), o)

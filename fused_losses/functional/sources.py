@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fused_losses.backends import Objective
 from fused_losses.functional.tokens import Tokens
@@ -38,8 +39,11 @@ class Source(Protocol):
     ) -> tuple[Tensor, Tensor]:
         """Return ``factor * sum(token_weight * loss)`` and rows (LINES, N)."""
 
-    def statistics(self, tokens: Tokens, *, entropy: bool) -> Tensor:
-        """Return rows (LINES, N), differentiable in logp, lse and entropy."""
+    def statistics(self, tokens: Tokens, *, entropy: bool, entropy_gradient: bool = True) -> Tensor:
+        """Return rows (LINES, N), differentiable in logp, lse and entropy.
+
+        ``entropy_gradient=False`` says that nobody will differentiate the entropy.
+        """
 
 
 def wants_gradient(t: Tensor | None) -> bool:
@@ -47,8 +51,15 @@ def wants_gradient(t: Tensor | None) -> bool:
     return t is not None and t.requires_grad and torch.is_grad_enabled()
 
 
-def refuse_sharded(name: str, t: Tensor) -> None:
-    """Raise for a DTensor: what this process holds of it is not the tensor."""
+def refuse_unserved(name: str, t: Tensor) -> None:
+    """Raise for tensors that would give wrong numbers: shards, and forward-mode derivatives."""
+    if torch.compiler.is_compiling():
+        return
+    if forward_ad.unpack_dual(t).tangent is not None:
+        raise RuntimeError(
+            f"{name} carries a forward-mode tangent, which the fused kernels do not propagate; "
+            "use reverse mode, or fused_losses.reference"
+        )
     if hasattr(t, "device_mesh"):
         raise ValueError(
             f"{name} is a DTensor, of which this process holds a shard; call the loss inside the "

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from fused_losses.backends import lines
-from fused_losses.engine.units import UnitCall, UnitChunk, UnitLayout, UnitLoss, run_units
+from fused_losses.engine.units import UnitCall, UnitLayout, UnitLoss, loss_of_rows, run_units
 from fused_losses.functional.linear_source import LinearSource
 from fused_losses.functional.observe import report_plan
 from fused_losses.functional.tokens import Tokens
 from fused_losses.plan import Plan, plan_units
-from fused_losses.stats import TokenStats
 
 
 def plan_of_units(source: LinearSource, layout: UnitLayout, *, entropy: bool) -> Plan | None:
@@ -49,13 +46,4 @@ def sum_over_units(
         )
         return run_units(source.x, source.weight, source.bias, call, source.needs)
     rows = source.statistics(tokens, entropy=entropy)
-    taken = rows[:, layout.positions]
-    stats = TokenStats(
-        taken[lines.LOGP],
-        taken[lines.LSE],
-        taken[lines.ENTROPY] if entropy else None,
-        taken[lines.TOP1] != 0.0,
-    )
-    with torch.set_grad_enabled(rows.requires_grad):
-        loss = loss_fn(stats, UnitChunk(layout.positions, layout.ids))
-    return loss + 0.0 * rows[lines.LOGP, :0].sum(), rows
+    return loss_of_rows(rows, layout, loss_fn, entropy=entropy), rows

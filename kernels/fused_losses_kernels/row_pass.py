@@ -96,6 +96,11 @@ def _row_pass_kernel(
     y = tl.load(y_ptr + n).to(tl.int64)
     rows_ptr += n
     step = tl.full((), N, tl.int64)
+    # Scalars come as fp64. A compiled branch may not change a variable's type, so cast out here.
+    pre = tl.full((), pre, ACC)
+    cap = tl.full((), cap, ACC)
+    beta = tl.full((), beta, ACC)
+    r0 = tl.full((), r0, ACC)
     if e_ptr is not None:
         e_ptr += n * stride_en
     if y == ignore_index:
@@ -104,8 +109,6 @@ def _row_pass_kernel(
         if e_ptr is not None:
             write_zeros(e_ptr, V, BLOCK_V)
     else:
-        pre = tl.full((), pre, ACC)
-        cap = tl.full((), cap, ACC)
         z_ptr += row_offset(n, T, stride_zb, stride_zt)
         # A bad label never reads outside its row, and its row is NaN.
         good = (y >= 0) & (y < V)
@@ -185,7 +188,6 @@ def _row_pass_kernel(
         dlogp = tl.zeros((), ACC)
         dlse = tl.zeros((), ACC)
         if PHI is not None:
-            beta = tl.full((), beta, ACC)
             r = logp
             if ref_ptr is not None:
                 r -= tl.load(ref_ptr + n).to(ACC)
@@ -195,7 +197,6 @@ def _row_pass_kernel(
                 value = tl.load(value_ptr + n).to(ACC)
             r += value
             if CONTINUED:
-                r0 = tl.full((), r0, ACC)
                 phi, weight = PHI(tl.where(r < r0, r0, r))
                 phi += tl.where(r < r0, weight * (r - r0), 0.0)
             else:

@@ -1,5 +1,6 @@
 # Every target sets up .venv first if it is missing or older than its pins.
 #   make demo DEMO_ARGS="--steps 20"     make test TEST_ARGS="-k hellinger"     make test JOBS=8
+#   make bench BENCH_ARGS=--quick        make gpu GPU_ARGS="--wheels peers --dry-run"
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -11,6 +12,8 @@ JOBS ?= 2
 DEMO_ARGS ?=
 TEST_ARGS ?=
 BENCH_ARGS ?=
+REPORT_ARGS ?=
+GPU_ARGS ?=
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -30,10 +33,10 @@ awk '/(Downloading|Using cached) .*\([0-9.]+ MB\)/ { size = $$NF == "MB)" ? $$(N
      /^Installing collected packages/ { print "    installing " gsub(/,/, ",") + 1 " packages"; fflush() }'
 endef
 
-.PHONY: help demo test lint typecheck bench clean distclean
+.PHONY: help demo test lint typecheck bench bench-report gpu clean distclean
 
 help:  ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 # A set-up that was cut short leaves $(UNFINISHED) behind, and the next call starts over: half-installed
 # packages look whole to pip.
@@ -77,8 +80,14 @@ lint: $(READY)  ## Check style and formatting
 typecheck: $(READY)  ## Check types
 	@$(PY) -m mypy
 
-bench: $(READY)  ## Run the benchmarks
-	@$(PY) -m pytest benchmarks $(BENCH_ARGS)
+bench: $(READY)  ## Run the benchmarks, with every peer that is installed; --quick: 3 minutes
+	@$(PY) -m pytest benchmarks -p no:cacheprovider -p no:xdist $(BENCH_ARGS)
+
+bench-report: $(READY)  ## Draw tables and plots of the newest results
+	@$(PY) benchmarks/report.py $(REPORT_ARGS)
+
+gpu: $(READY)  ## Run everything that only a GPU can show, in 25 minutes; JSON and log in outputs/gpu
+	@$(PY) benchmarks/gpu.py $(GPU_ARGS)
 
 clean:  ## Remove caches and builds
 	@rm -rf build dist .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -19,6 +19,7 @@ name = "torch"
 
 # Scratch per block of rows: small enough for the cache, large enough for torch to use its threads.
 _BLOCK_BYTES = 2 * 2**20
+_IDENTITY = RowMaths()
 
 
 def row_pass(
@@ -39,13 +40,17 @@ def row_pass(
     """See :class:`fused_losses.backends.Backend`."""
     e = exponentials
     overwrite = overwrite or (e is not None and e.data_ptr() == z.data_ptr())
+    in_place = overwrite and z.dtype == rows.dtype
+    scratch = None if in_place else _scratch(z, rows.dtype)
+    smoothed = objective is not None and objective.label_smoothing != 0.0
     for block, at in _row_blocks(z, rows.dtype):
         out, yb = rows[:, at], y[at]
         ignored = yb == ignore_index
-        E = _transformed(block, maths, rows.dtype, overwrite)
-        jacobian = None if e is None else _jacobian(E, maths)
-        mean = E.mean(1) if objective is not None and objective.label_smoothing else None
-        _exponentiate(E, yb, out, entropy=entropy, top1=top1)
+        E = block if scratch is None else scratch[: block.shape[0]]
+        x = _transformed(block, maths, E, copy=smoothed)
+        jacobian = None if e is None else _jacobian(x, maths)
+        mean = x.mean(1) if smoothed else None
+        _exponentiate(x, yb, out, E, entropy=entropy, top1=top1)
         if objective is None:
             out[[lines.LOSS, lines.DLOGP, lines.DLSE]] = 0.0
         else:
@@ -78,13 +83,14 @@ def row_gradient(
     dz: Tensor,
 ) -> None:
     """See :class:`fused_losses.backends.Backend`."""
-    overwrite = dz.data_ptr() == z.data_ptr()
+    scratch = None if dz.dtype == rows.dtype else _scratch(z, rows.dtype)
     targets = (block for block, _ in _row_blocks(dz, rows.dtype))
     for (block, at), target in zip(_row_blocks(z, rows.dtype), targets, strict=True):
         out, yb = rows[:, at], y[at]
-        E = _transformed(block, maths, rows.dtype, overwrite)
-        jacobian = _jacobian(E, maths)
-        E.sub_(out[lines.SHIFT, :, None])
+        E = target if scratch is None else scratch[: block.shape[0]]
+        x = _transformed(block, maths, E)
+        jacobian = _jacobian(x, maths)
+        torch.sub(x, out[lines.SHIFT, :, None], out=E)
         surprise = None
         if dentropy is not None:
             surprise = E + (out[lines.ENTROPY] - out[lines.SUM].log())[:, None]
@@ -112,8 +118,7 @@ def segment_sum(x: Tensor, offsets: Tensor) -> Tensor:
 
 def _row_blocks(z: Tensor, dtype: torch.dtype) -> Iterator[tuple[Tensor, slice]]:
     """Yield blocks (R, V) of z's rows as views, with the rows' places in the flat order."""
-    V = z.shape[-1]
-    R = max(1, _BLOCK_BYTES // (V * dtype.itemsize))
+    R = _block_rows(z, dtype)
     # Batches are walked one by one: flattening a strided (B, T, V) would copy it.
     first = 0
     for part in (z,) if z.dim() == 2 else z.unbind(0):
@@ -123,19 +128,28 @@ def _row_blocks(z: Tensor, dtype: torch.dtype) -> Iterator[tuple[Tensor, slice]]
         first += part.shape[0]
 
 
-def _transformed(block: Tensor, maths: RowMaths, dtype: torch.dtype, overwrite: bool) -> Tensor:
-    """Transform a block in ``dtype``, in fresh memory unless overwriting."""
-    x = block if overwrite and block.dtype == dtype else _copy(block, dtype)
-    if maths.pre != 1.0:
-        x.mul_(maths.pre)
-    if maths.cap is not None:
-        x.tanh_().mul_(maths.cap)
-    return x
+def _block_rows(z: Tensor, dtype: torch.dtype) -> int:
+    return max(1, _BLOCK_BYTES // (z.shape[-1] * dtype.itemsize))
 
 
-def _copy(block: Tensor, dtype: torch.dtype) -> Tensor:
+def _scratch(z: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return memory for a block of rows, which all blocks of a pass use in turn."""
+    rows = min(_block_rows(z, dtype), z.shape[:-1].numel())
+    return z.new_empty((rows, z.shape[-1]), dtype=dtype)
+
+
+def _transformed(block: Tensor, maths: RowMaths, out: Tensor, *, copy: bool = False) -> Tensor:
+    """Transform a block into ``out``; return the block itself where there is nothing to do."""
+    if block.dtype == out.dtype and maths == _IDENTITY and not copy:
+        return block
     # Contiguous, whatever the strides of the logits: sums take the same order, to the bit.
-    return block.to(dtype, copy=True, memory_format=torch.contiguous_format)
+    if out.data_ptr() != block.data_ptr():
+        out.copy_(block)
+    if maths.pre != 1.0:
+        out.mul_(maths.pre)
+    if maths.cap is not None:
+        out.tanh_().mul_(maths.cap)
+    return out
 
 
 def _jacobian(x: Tensor, maths: RowMaths) -> Tensor | None:
@@ -143,18 +157,20 @@ def _jacobian(x: Tensor, maths: RowMaths) -> Tensor | None:
     return None if maths.cap is None else x.div(maths.cap).square_().neg_().add_(1.0)
 
 
-def _exponentiate(x: Tensor, y: Tensor, out: Tensor, *, entropy: bool, top1: bool) -> None:
-    """Turn x (R, V) into exp(x - shift), the target's entry into 0, and fill the statistics."""
+def _exponentiate(
+    x: Tensor, y: Tensor, out: Tensor, E: Tensor, *, entropy: bool, top1: bool
+) -> None:
+    """Fill E (R, V), maybe x, with exp(x - shift), 0 at the target, and ``out`` with statistics."""
     at_y, good = _inside(y, x.shape[1])
     shift = x.amax(1)
     x_y = x.gather(1, at_y)[:, 0]
     out[lines.TOP1] = x.argmax(1) == at_y[:, 0] if top1 else 0.0
     shift = torch.where(shift == -torch.inf, 0.0, shift)
     x_y = torch.where(good, x_y, torch.nan) - shift
-    x.sub_(shift[:, None]).exp_()
-    e_log = torch.special.xlogy(x, x).sum(1) if entropy else None
-    x.scatter_(1, at_y, 0.0)
-    e_y, s_rest = x_y.exp(), x.sum(1)
+    torch.sub(x, shift[:, None], out=E).exp_()
+    e_log = torch.special.xlogy(E, E).sum(1) if entropy else None
+    E.scatter_(1, at_y, 0.0)
+    e_y, s_rest = x_y.exp(), E.sum(1)
     s = s_rest + e_y
     log_s = s.log()
     # The first form is exact for confident targets; its quotient overflows for hopeless ones.

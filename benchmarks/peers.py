@@ -1,0 +1,331 @@
+"""Who takes part: this library and its peers, each a small function of one signature.
+
+``prepare(case, batch, budget)`` returns a function of nothing that computes the case's mean loss
+from ``batch``; it raises :class:`UnavailableError`, or ``ImportError``, where the peer cannot run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from cases import Case
+from inputs import IGNORED, Batch
+from torch import Tensor
+
+import fused_losses
+
+BETA = {"pearson": 0.2, "hellinger": 0.2, "dpo": 0.1}
+MAX_WEIGHT = 4.0
+MIB = 2**20
+
+Run = Callable[[], Tensor]
+Prepare = Callable[[Case, Batch, int | None], Run]
+
+
+class UnavailableError(Exception):
+    """A peer that cannot run here, with the reason."""
+
+
+def summed_loss(loss: str, logps: Tensor, ref: Tensor | None, y: Tensor) -> Tensor:
+    """Sum of a loss over tokens, or over pairs, in plain torch, from log-probs (S, T)."""
+    mask = y != IGNORED
+    if loss == "mle":
+        return -logps.masked_fill(~mask, 0.0).sum()
+    ratio = (logps - ref).masked_fill(~mask, 0.0)
+    if loss == "dpo":
+        chosen, rejected = ratio.sum(1).chunk(2)
+        return -F.logsigmoid(BETA[loss] * (chosen - rejected)).sum()
+    r = BETA[loss] * ratio
+    if loss == "pearson":
+        phi = r - r * r / 4
+    else:
+        edge = MAX_WEIGHT**-0.5 - 1.0  # below it phi goes on along its tangent
+        inside = r.clamp(min=edge)
+        phi = inside / (1 + inside) + MAX_WEIGHT * (r - inside)
+    return -phi.sum() / BETA[loss]
+
+
+def units(case: Case, batch: Batch) -> int:
+    """What a mean divides by: counted tokens, or pairs."""
+    return batch.y.shape[0] // 2 if case.loss == "dpo" else batch.counted
+
+
+def log_probs(batch: Batch, dtype: torch.dtype | None = None) -> Tensor:
+    """Per-token log-probs (S, T) with all logits in memory; 0 where the label is ignored."""
+    logits = batch.x if batch.w is None else F.linear(batch.x, batch.w)
+    logp = logits.to(dtype or logits.dtype).log_softmax(-1)
+    label = batch.y.clamp(min=0)[..., None]
+    return logp.gather(-1, label).squeeze(-1).masked_fill(batch.y == IGNORED, 0.0)
+
+
+def _flat(batch: Batch) -> tuple[Tensor, Tensor]:
+    return batch.x.flatten(0, 1), batch.y.flatten()
+
+
+def _needs_gpu(batch: Batch) -> None:
+    if batch.x.device.type != "cuda":
+        raise UnavailableError("needs a GPU")
+
+
+def ours(case: Case, batch: Batch, budget: int | None) -> Run:
+    """Call the library as a user would."""
+    if case.path == "logits":
+        return lambda: fused_losses.mle_loss(batch.x, batch.y)
+    bytes_ = None if budget is None else budget * MIB
+    args = (batch.x, batch.w, batch.y)
+    if case.loss == "mle":
+        return lambda: fused_losses.linear_mle_loss(*args, workspace_bytes=bytes_)
+    fn = getattr(fused_losses, f"linear_{case.loss}_loss")
+    return lambda: fn(*args, batch.ref, beta=BETA[case.loss], workspace_bytes=bytes_)
+
+
+def ours_in_place(case: Case, batch: Batch, budget: int | None) -> Run:
+    """Overwrite the logits with their gradient; a view, for a leaf may not be overwritten."""
+    return lambda: fused_losses.mle_loss(batch.x.view_as(batch.x), batch.y, inplace=True)
+
+
+def ours_mle(case: Case, batch: Batch, budget: int | None) -> Run:
+    return ours(replace(case, loss="mle"), batch, budget)
+
+
+def ours_unmasked(case: Case, batch: Batch, budget: int | None) -> Run:
+    return ours(case, replace(batch, y=batch.labels), budget)
+
+
+def eager(case: Case, batch: Batch, budget: int | None) -> Run:
+    """Keep the logits: what people write first."""
+    if case.loss == "mle":
+        x, y = _flat(batch)
+        if batch.w is None:
+            return lambda: F.cross_entropy(batch.x.flatten(0, 1), y)
+        return lambda: F.cross_entropy(F.linear(x, batch.w), y)
+    count = units(case, batch)
+
+    def run() -> Tensor:
+        # fp32 for a ratio to a reference, as the library does.
+        logps = log_probs(batch, torch.float32)
+        return summed_loss(case.loss, logps, batch.ref, batch.y) / count
+
+    return run
+
+
+def compiled(case: Case, batch: Batch, budget: int | None) -> Run:
+    loss, count = case.loss, units(case, batch)
+
+    def whole(x: Tensor, w: Tensor | None, y: Tensor, ref: Tensor | None) -> Tensor:
+        if loss == "mle":
+            logits = x if w is None else F.linear(x, w)
+            return F.cross_entropy(logits.flatten(0, 1), y.flatten())
+        inside = replace(batch, x=x, w=w, y=y)
+        return summed_loss(loss, log_probs(inside, torch.float32), ref, y) / count
+
+    fn = torch.compile(whole, dynamic=False)
+    return lambda: fn(batch.x, batch.w, batch.y, batch.ref)
+
+
+def torch_chunked(case: Case, batch: Batch, budget: int | None) -> Run:
+    """Torch's own chunked head: its own choice of chunk, or as many rows as fit the budget."""
+    if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        raise UnavailableError(
+            f"torch {torch.__version__} has no F.linear_cross_entropy with chunks"
+        )
+    rows = None if budget is None else max(1, budget * MIB // (case.V * batch.x.element_size()))
+    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=rows)
+    x, y = _flat(batch)
+    return lambda: F.linear_cross_entropy(x, batch.w, y, ignore_index=IGNORED, options=options)
+
+
+class _HeadOnly(torch.nn.Module):
+    """The least model that TRL can give its fused head: a backbone that is already done."""
+
+    def __init__(self, batch: Batch) -> None:
+        super().__init__()
+        text = SimpleNamespace(model_type="none")
+        self.config = SimpleNamespace(get_text_config=lambda: text)
+        self.head = SimpleNamespace(weight=batch.w, bias=None)
+        self.hidden = batch.x
+
+    def base_model(self, **_: object) -> SimpleNamespace:
+        return SimpleNamespace(last_hidden_state=self.hidden)
+
+    def get_output_embeddings(self) -> SimpleNamespace:
+        return self.head
+
+    def forward(self) -> None:
+        """Never called: the fused head takes its place."""
+
+
+def trl(case: Case, batch: Batch, budget: int | None) -> Run:
+    """``add_fused_lm_head`` as TRL's trainers call it, with its leanest outputs."""
+    from trl.trainer.utils import add_fused_lm_head
+
+    model = _HeadOnly(batch)
+    add_fused_lm_head(model)
+    count = units(case, batch)
+
+    def run() -> Tensor:
+        out = model(shift_labels=batch.y, fused_lm_head=True)
+        if case.loss == "mle":
+            return out.loss
+        return summed_loss(case.loss, out.log_probs, batch.ref, batch.y) / count
+
+    return run
+
+
+def liger(case: Case, batch: Batch, budget: int | None) -> Run:
+    _needs_gpu(batch)
+    from liger_kernel.transformers import functional
+
+    x, y = _flat(batch)
+    if case.path == "logits":
+        return lambda: functional.liger_cross_entropy(batch.x.view_as(batch.x).flatten(0, 1), y)
+    return lambda: functional.liger_fused_linear_cross_entropy(x, batch.w, y)
+
+
+def liger_fp32(case: Case, batch: Batch, budget: int | None) -> Run:
+    _needs_gpu(batch)
+    from liger_kernel.transformers import functional
+
+    x, y = _flat(batch)
+    call = functional.liger_fused_linear_cross_entropy
+    return lambda: call(x, batch.w, y, accum_dtype=torch.float32)
+
+
+def _from_token_losses(case: Case, batch: Batch, token_losses: Run) -> Run:
+    """Compose a peer's per-token negative log-probs with the case's loss."""
+    count = units(case, batch)
+    return lambda: (
+        summed_loss(case.loss, -token_losses().view(batch.y.shape), batch.ref, batch.y) / count
+    )
+
+
+def liger_none(case: Case, batch: Batch, budget: int | None) -> Run:
+    _needs_gpu(batch)
+    from liger_kernel.transformers import functional
+
+    x, y = _flat(batch)
+    call = functional.liger_fused_linear_cross_entropy
+    return _from_token_losses(case, batch, lambda: call(x, batch.w, y, reduction="none"))
+
+
+def liger_per_token(case: Case, batch: Batch, budget: int | None) -> Run:
+    from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction as PerToken
+
+    x, y = _flat(batch)
+    return _from_token_losses(case, batch, lambda: PerToken.apply(x, batch.w, y))
+
+
+def liger_dpo(case: Case, batch: Batch, budget: int | None) -> Run:
+    """Its only way to have a reference is to run the reference's head too: 2 NDV more."""
+    from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
+
+    loss = LigerFusedLinearDPOLoss(beta=BETA["dpo"])
+    frozen, ref_x = batch.w.detach(), batch.ref_x
+    y = batch.y.clone()  # it marks its labels as dynamic, on which torch.compile would then fail
+    return lambda: loss(batch.w, batch.x, y, ref_input=ref_x, ref_weight=frozen)[0]
+
+
+def _cut_cross_entropy(filter_eps: str | None) -> Prepare:
+    def prepare(case: Case, batch: Batch, budget: int | None) -> Run:
+        _needs_gpu(batch)
+        from cut_cross_entropy import linear_cross_entropy
+
+        def token_losses() -> Tensor:
+            return linear_cross_entropy(
+                batch.x, batch.w, batch.y, reduction="none", filter_eps=filter_eps
+            )
+
+        if case.loss != "mle":
+            return _from_token_losses(case, batch, token_losses)
+        return lambda: linear_cross_entropy(batch.x, batch.w, batch.y, filter_eps=filter_eps)
+
+    return prepare
+
+
+def quack(case: Case, batch: Batch, budget: int | None) -> Run:
+    _needs_gpu(batch)
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    x, y = _flat(batch)
+    return lambda: chunked_linear_cross_entropy(x, batch.w, y)
+
+
+def _linear(case: Case) -> bool:
+    return case.path == "linear"
+
+
+def _linear_mle(case: Case) -> bool:
+    return case.path == "linear" and case.loss == "mle"
+
+
+@dataclass(frozen=True)
+class Peer:
+    """One row of the table of those who take part.
+
+    Attributes:
+        name: In tables; the first word names the project.
+        prepare: See the module.
+        knows: Whether it can compute a case's loss at all; if not, it is not listed.
+        budgeted: Runs once more for the case's budget.
+        slow: Compiles or tunes for long; ``--quick`` leaves it out and says so.
+    """
+
+    name: str
+    prepare: Prepare
+    knows: Callable[[Case], bool]
+    budgeted: bool = False
+    slow: bool = False
+
+
+PEERS: tuple[Peer, ...] = (
+    Peer("eager", eager, lambda case: True),
+    Peer("torch.compile", compiled, lambda case: True, slow=True),
+    Peer("torch chunked", torch_chunked, _linear_mle, budgeted=True),
+    Peer("TRL", trl, _linear),
+    Peer("Liger", liger, lambda case: case.loss == "mle"),
+    Peer("Liger, fp32 dW", liger_fp32, _linear_mle),
+    Peer("Liger, reduction none", liger_none, lambda case: _linear(case) and case.loss != "mle"),
+    Peer("Liger per token", liger_per_token, _linear, slow=True),
+    Peer("Liger DPO", liger_dpo, lambda case: _linear(case) and case.loss == "dpo", slow=True),
+    Peer("cut-cross-entropy", _cut_cross_entropy("high"), _linear, slow=True),
+    Peer("cut-cross-entropy, exact", _cut_cross_entropy(None), _linear, slow=True),
+    Peer("quack", quack, _linear_mle, slow=True),
+)
+OURS = Peer("fused-losses", ours, lambda case: True)
+BESIDE = {
+    "mle": Peer("fused-losses mle", ours_mle, _linear),
+    "unmasked": Peer("fused-losses, nothing ignored", ours_unmasked, _linear),
+    "in place": Peer("fused-losses, in place", ours_in_place, lambda case: case.path == "logits"),
+}
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A peer with a budget in MiB: one line of a case's table."""
+
+    peer: Peer
+    budget: int | None
+    kind: str  # "ours", "beside" or "peer"
+
+    @property
+    def name(self) -> str:
+        return self.peer.name if self.budget is None else f"{self.peer.name} {self.budget} MiB"
+
+
+def contenders(case: Case) -> list[Contender]:
+    """Everyone who takes part in a case, the call that ratios refer to first."""
+    linear = case.path == "linear"
+    found = [Contender(OURS, case.budget if linear else None, "ours")]
+    found += [Contender(OURS, budget, "beside") for budget in case.budgets]
+    beside = case.beside if linear else ("in place",) * (case.trained != "nothing")
+    found += [Contender(BESIDE[name], case.budget if linear else None, "beside") for name in beside]
+    for peer in PEERS:
+        if peer.knows(case) and (not case.only or peer.name in case.only):
+            found.append(Contender(peer, None, "peer"))
+            if peer.budgeted:
+                found.append(Contender(peer, case.budget, "peer"))
+    return found

@@ -434,7 +434,7 @@ def test_a_step_that_fails_is_recorded_with_its_last_lines(tmp_path):
     passed = gpu.run_step(step(code, environment={"MODE": "on"}), log, dict(os.environ))
     assert (passed["status"], passed["tail"]) == ("passed", ["on"])
     assert "so far" in log.read_text()
-    assert "MODE=on python -c" in log.read_text()
+    assert "step: MODE=on " in log.read_text()
 
 
 def test_a_step_that_hangs_is_ended_with_what_it_started(tmp_path):

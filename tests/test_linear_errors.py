@@ -350,3 +350,13 @@ def test_what_is_not_finite_in_a_counted_row_is_never_hidden(
     assert dx[at].isnan().all()
     assert dx.isnan().any(-1).sum() == 1
     assert dw.isnan().any()
+
+
+def test_out_of_memory_names_the_budget_to_lower(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.")
+
+    monkeypatch.setattr("fused_losses.engine.head.Head.new_logits", fail)
+    x, w, y = torch.randn(4, 8), torch.randn(16, 8), torch.tensor([1, 2, 3, 4])
+    with pytest.raises(torch.OutOfMemoryError, match=r"lower workspace_bytes .*now 4096: CUDA"):
+        fused_losses.linear_mle_loss(x, w, y, workspace_bytes=4096)

@@ -383,7 +383,7 @@ def test_with_the_reference_equal_to_the_policy_margins_are_bitwise_zero(
         )
 
     _, first = policy(torch.zeros(y.shape))
-    loss, stats = policy(first.tokens.logps)
+    loss, stats = policy(first.logps)
     assert torch.count_nonzero(stats.chosen_rewards) == 0
     assert torch.count_nonzero(stats.rejected_rewards) == 0
     assert loss.item() == pytest.approx(math.log(2.0), rel=1e-7)

@@ -158,15 +158,33 @@ class ChunkedHead:
         sizes = self.plan.chunks
         if not sizes:
             return
-        z = self.head.new_logits(max(sizes))
-        separate = self.head.logits_dtype != self.head.compute_dtype and self.plan.has_gradient
-        dz = torch.empty_like(z, dtype=self.head.compute_dtype) if separate else z
+        z, dz = self._workspace(max(sizes))
         start = 0
         for size in sizes:
             stop = start + size
             at = slice(start, stop) if self.positions is None else self.positions[start:stop]
             yield Chunk(self, at, z[:size], dz[:size])
             start = stop
+
+    def _workspace(self, rows: int) -> tuple[Tensor, Tensor]:
+        """Memory for a chunk's logits and their gradient, the same where the dtype is.
+
+        Raises:
+            RuntimeError: Out of memory, of torch's own type, naming the budget to lower.
+        """
+        separate = self.head.logits_dtype != self.head.compute_dtype and self.plan.has_gradient
+        try:
+            z = self.head.new_logits(rows)
+            dz = torch.empty_like(z, dtype=self.head.compute_dtype) if separate else z
+        except RuntimeError as error:  # torch.OutOfMemoryError is one; a CPU raises it bare
+            if "memory" not in str(error):
+                raise
+            raise type(error)(
+                f"no memory for a workspace of {self.plan.workspace_bytes} bytes; lower "
+                "workspace_bytes or FUSED_LOSSES_WORKSPACE_BYTES, now "
+                f"{self.plan.budget_bytes}: {error}"
+            ) from error
+        return z, dz
 
 
 class GradientSums:

@@ -15,21 +15,27 @@ from fused_losses.stats import TokenStats
 
 
 class PairStats(NamedTuple):
-    """What a DPO pass tells, detached.
+    """What a DPO pass tells, detached: the :class:`TokenStats` fields, and the pairs'.
 
     Attributes:
+        logps: Per token, as in :class:`TokenStats`.
+        lse: Per token, as in :class:`TokenStats`.
+        entropy: Per token, as in :class:`TokenStats`.
+        is_top1: Per token, as in :class:`TokenStats`.
         chosen_logps: (B,) summed log-probs of the chosen responses, nats.
         rejected_logps: (B,), the same of the rejected responses.
         chosen_rewards: (B,) implicit rewards ``beta * sum(logp - ref)`` (12).
         rejected_rewards: (B,), the same of the rejected responses.
-        tokens: Per-token statistics, of target's shape.
     """
 
+    logps: Tensor
+    lse: Tensor
+    entropy: Tensor | None
+    is_top1: Tensor
     chosen_logps: Tensor
     rejected_logps: Tensor
     chosen_rewards: Tensor
     rejected_rewards: Tensor
-    tokens: TokenStats
 
 
 class _Explained(BaseException):
@@ -63,7 +69,9 @@ def report_stats(stats: TokenStats | PairStats) -> None:
     """Hand the statistics of the running call to whoever observes it."""
     observer = _current()
     if observer is not None:
-        observer.stats = type(stats)(*(_detached(field) for field in stats))
+        observer.stats = stats._replace(
+            **{k: t.detach() for k, t in stats._asdict().items() if t is not None}
+        )
 
 
 def report_plan(make_plan: Callable[[], Plan]) -> None:
@@ -71,12 +79,6 @@ def report_plan(make_plan: Callable[[], Plan]) -> None:
     observer = _current()
     if observer is not None and observer.explaining:
         raise _Explained(make_plan())
-
-
-def _detached(field: Any) -> Any:
-    if isinstance(field, Tensor):
-        return field.detach()
-    return TokenStats(*map(_detached, field)) if isinstance(field, TokenStats) else field
 
 
 def with_stats(

@@ -167,7 +167,8 @@ def _report(
 ) -> None:
     logps = segment_sum(rows[lines.LOGP], _row_offsets(tokens), backend)
     rewards = o.beta * _ratios(rows[lines.LOGP], ref, tokens, lengths, backend)
-    report_stats(PairStats(*_split(logps), *_split(rewards), stats_of(rows, tokens, entropy=True)))
+    per_token = stats_of(rows, tokens, entropy=True)
+    report_stats(PairStats(*per_token, *_split(logps), *_split(rewards)))
 
 
 def _reference(ref_logps: Any, tokens: Tokens) -> _Reference:

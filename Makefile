@@ -33,10 +33,10 @@ awk '/(Downloading|Using cached) .*\([0-9.]+ MB\)/ { size = $$NF == "MB)" ? $$(N
      /^Installing collected packages/ { print "    installing " gsub(/,/, ",") + 1 " packages"; fflush() }'
 endef
 
-.PHONY: help demo test lint typecheck bench bench-report gpu clean distclean
+.PHONY: help demo test lint typecheck bench bench-report kernel-report gpu clean distclean
 
 help:  ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 # A set-up that was cut short leaves $(UNFINISHED) behind, and the next call starts over: half-installed
 # packages look whole to pip.
@@ -85,6 +85,9 @@ bench: $(READY)  ## Run the benchmarks, with every peer that is installed; --qui
 
 bench-report: $(READY)  ## Draw tables and plots of the newest results
 	@$(PY) benchmarks/report.py $(REPORT_ARGS)
+
+kernel-report: $(READY)  ## Compile every kernel for four architectures, no GPU needed; tables to commit
+	@$(PY) benchmarks/kernel_report.py
 
 gpu: $(READY)  ## Run everything that only a GPU can show, in 25 minutes; JSON and log in outputs/gpu
 	@$(PY) benchmarks/gpu.py $(GPU_ARGS)

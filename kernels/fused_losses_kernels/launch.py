@@ -1,9 +1,8 @@
 """Launch settings of the kernels: block size and warps by row length, one table.
 
 No autotuning: a first call must not be slower or different from the next. No row of this table has
-been timed on a GPU yet; each is compiled offline without spills and with 16-byte loads (performance
-notes in CONTRIBUTING.md say how). Under Triton's interpreter the cost is per block operation, so
-blocks are as large as the row.
+been timed on a GPU yet; ``make kernel-report`` compiles each offline: no spills, 16-byte accesses.
+Under Triton's interpreter the cost is per block operation, so blocks are as large as the row.
 """
 
 from __future__ import annotations

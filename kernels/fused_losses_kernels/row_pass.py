@@ -51,13 +51,13 @@ _LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def _scale_down(e_ptr, y, stop, factor, ACC: tl.constexpr, BLOCK_V: tl.constexpr):
-    """Multiply the exponentials written so far, columns below ``stop``, by a power of two."""
+def _scale_down(e_ptr, stop, factor, ACC: tl.constexpr, BLOCK_V: tl.constexpr):
+    """Multiply the whole blocks written so far, columns below ``stop``, by a power of two."""
     tl.debug_barrier()
     for start in range(0, stop, BLOCK_V):
         cols = start + tl.arange(0, BLOCK_V).to(tl.int64)
-        e = tl.load(e_ptr + cols, mask=cols != y, other=0.0).to(ACC)
-        tl.store(e_ptr + cols, (e * factor).to(e_ptr.dtype.element_ty), mask=cols != y)
+        e = tl.load(e_ptr + cols).to(ACC)
+        tl.store(e_ptr + cols, (e * factor).to(e_ptr.dtype.element_ty))
     tl.debug_barrier()
 
 
@@ -137,7 +137,7 @@ def _row_pass_kernel(
                     s_log = factor * (s_log - (s_rest + e_y) * (steps * _LN2))
                 s_rest *= factor
                 if e_ptr is not None:
-                    _scale_down(e_ptr, y, start, factor, ACC, BLOCK_V)
+                    _scale_down(e_ptr, start, factor, ACC, BLOCK_V)
                 k = tl.where(first, m, k + steps * _LN2)
             shift = tl.where(k == float("-inf"), 0.0, k)
             e = tl.exp(x - shift)
@@ -153,9 +153,9 @@ def _row_pass_kernel(
             if e_ptr is not None:
                 if SOFTCAP:
                     e *= 1.0 - (x / cap) * (x / cap)
-                # The target's entry is written once, at the end: no two threads write one place.
-                kept = (cols < V) & (cols != y)
-                tl.store(e_ptr + cols, e.to(e_ptr.dtype.element_ty), mask=kept)
+                # The target's entry too, overwritten at the end: a mask of single columns would
+                # make every store one element wide.
+                tl.store(e_ptr + cols, e.to(e_ptr.dtype.element_ty), mask=cols < V)
 
         shift = tl.where(k == float("-inf"), 0.0, k)
         e_y = tl.exp(z_y - shift)
@@ -182,6 +182,7 @@ def _row_pass_kernel(
             d_y = -s_rest
             if SOFTCAP:
                 d_y *= 1.0 - (z_y / cap) * (z_y / cap)
+            tl.debug_barrier()  # after the loop's store to the same place, by another thread
             tl.store(e_ptr + y, d_y.to(e_ptr.dtype.element_ty), mask=good)
 
         loss = tl.zeros((), ACC)

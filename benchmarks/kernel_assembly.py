@@ -1,0 +1,160 @@
+"""What compiled code says of itself: resources, widths of accesses, 32-bit products."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import os
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import triton
+
+Record = dict[str, Any]
+Place = tuple[str, int]  # file and line of the source
+
+_PTX = re.compile(r"\b(?:ld|st)\.(?:\w+\.)*?global\.(?:\w+(?:::\w+)*\.)*?(?:v(\d)\.)?[a-z](\d+)\b")
+_GCN = re.compile(r"^\t(?:buffer|global|flat)_(?:load|store)_[su]?(byte|short|dword)(?:x(\d))?")
+_ACCESS = re.compile(
+    r"\b\w+\.(?:buffer_)?(load|store) .*: tensor<\d+x(?:!tt\.ptr<)?(\w+).*loc\((.*)\)$",
+    re.MULTILINE,
+)
+
+
+def describe(kernel: Any) -> Record:
+    """All that the compiler's output says about one kernel."""
+    amd = "amdgcn" in kernel.asm
+    resources = _amd_resources(kernel.asm["amdgcn"]) if amd else _nvidia_resources(kernel)
+    accesses = _block_accesses(kernel.asm["ttgir"], kernel.asm["amdgcn" if amd else "ptx"])
+    metadata, name = kernel.metadata, kernel.metadata.name
+    block = re.search(r"tensor<(\d+)x", kernel.asm["ttgir"])
+    return {
+        "kernel": name.strip("_").removesuffix("_kernel"),
+        "block": int(block[1]) if block else 1,
+        "warps": metadata.num_warps,
+        "lanes": metadata.target.warp_size,
+        **resources,
+        "shared": metadata.shared,
+        **accesses,
+        "narrow_products": narrow_products(kernel.asm["ttir"]),
+    }
+
+
+def _nvidia_resources(kernel: Any) -> Record:
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+
+        words = [tool, "--dump-resource-usage", "-sass", file.name]
+        code = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    names = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?\s*([A-Z]\w*)", code, re.MULTILINE)
+    return {
+        "registers": int(re.search(r"REG:(\d+)", code)[1]),
+        "stack": int(re.search(r"STACK:(\d+)", code)[1]),
+        "mma": sum(bool(re.search("MMA$", name)) for name in names),
+        "instructions": sum(name != "NOP" for name in names),
+    }
+
+
+def _amd_resources(code: str) -> Record:
+    def number(key: str) -> int:
+        return int(re.search(rf"^\s+\.{key}:\s*(\d+)", code, re.MULTILINE)[1])
+
+    names = re.findall(r"^\t((?:v|s|ds|buffer|global|flat|scratch)_\w+)", code, re.MULTILINE)
+    return {
+        "registers": number("vgpr_count"),
+        # Scalar registers spill to lanes of vector registers, not to memory: they do not count.
+        "stack": number("private_segment_fixed_size") + number("vgpr_spill_count"),
+        "mma": sum("mfma" in name for name in names),
+        "instructions": len(names),
+    }
+
+
+def _block_accesses(ttgir: str, code: str) -> Record:
+    """Bits that each load and store of a block of a row moves per instruction, the narrowest.
+
+    Which statements access blocks, and not one value of a row, says the IR; how wide, the assembly.
+    """
+    numbered = re.findall(r'^\s*\.file\s+(\d+) (?:"([^"]*)" )?"([^"]*)"', code, re.MULTILINE)
+    files = {number: os.path.join(*names) for number, *names in numbered}
+    found: dict[Place, int] = {}
+    place: Place = ("", 0)
+    inline = False
+    for line in code.splitlines():
+        if "inline asm" in line:
+            inline = "begin" in line  # inside, LLVM counts the lines of the snippet
+        match = re.match(r"\s*\.loc\s+(\d+) (\d+)", line)
+        if match:
+            place = place if inline else (files[match[1]], int(match[2]))
+            continue
+        if match := _PTX.search(line):
+            bits = int(match[1] or 1) * int(match[2])
+        elif match := _GCN.match(line):
+            bits = {"byte": 8, "short": 16, "dword": 32}[match[1]] * int(match[2] or 1)
+        else:
+            continue
+        found[place] = min(bits, found.get(place, bits))
+    accesses: Record = {"loads": {}, "stores": {}}
+    for (place, kind), dtype in _block_statements(ttgir).items():
+        if place not in found:
+            raise LookupError(f"no {kind} of {place[0]}:{place[1]} in the assembly")
+        name = f"{_function_at(*place)} {dtype}"
+        widths = accesses[kind]
+        widths[name] = min(found[place], widths.get(name, found[place]))
+    return accesses
+
+
+def _block_statements(ttgir: str) -> dict[tuple[Place, str], str]:
+    """Map (place in the source, loads or stores) to the dtype, for accesses of whole blocks."""
+    locations = dict(re.findall(r"^(#loc\d*) = loc\((.*)\)$", ttgir, re.MULTILINE))
+
+    def resolve(text: str) -> Place:
+        if match := re.match(r'"([^"]+)":(\d+):', text):
+            return match[1], int(match[2])
+        inner = re.search(r"#loc\d*", text)  # the innermost of a chain of calls comes first
+        if inner is None:
+            raise LookupError(f"no source line in {text}")
+        return resolve(locations[inner[0]])
+
+    return {(resolve(where), f"{kind}s"): dtype for kind, dtype, where in _ACCESS.findall(ttgir)}
+
+
+@functools.cache
+def _function_at(file: str, line: int) -> str:
+    """The innermost function around a line of source."""
+    tree = ast.parse(Path(file).read_text("utf-8"))
+    around = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef) and node.lineno <= line <= (node.end_lineno or 0)
+    ]
+    return max(around, key=lambda node: node.lineno).name.strip("_").removesuffix("_kernel")
+
+
+def narrow_products(ttir: str) -> list[str]:
+    """Return the 32-bit products whose value reaches the offset of a pointer."""
+    definitions: dict[str, str] = {}
+    offsets: list[str] = []
+    for line in ttir.splitlines():
+        for argument, initial in re.findall(r"(%\w+) = (%\w+)(?=[,)])", line):
+            definitions.setdefault(argument, f"carried {initial}")  # iter_args of a loop
+        match = re.match(r"^\s*(%[\w#:]+) = (.*)$", line)
+        if match:
+            definitions[match[1].split(":")[0].split("#")[0]] = match[2]
+            if match[2].startswith("tt.addptr"):
+                offsets.append(re.findall(r"%\w+", match[2])[1])
+    found, seen = [], set()
+    while offsets:
+        name = offsets.pop()
+        body = definitions.get(name, "")
+        if name in seen or body.startswith("tt.load"):  # what was loaded is data
+            continue
+        seen.add(name)
+        if body.startswith("arith.muli") and re.search(r": (tensor<\w+xi32>|i32)", body):
+            found.append(body)
+        offsets += re.findall(r"%\w+", body)
+    return found

@@ -22,9 +22,9 @@ from typing import Any, NamedTuple
 
 import humaneval
 import memory
-import report
 import smollm
 import stages
+import tables
 import torch
 from batches import Row, collate, encode
 from rich.console import Console
@@ -268,10 +268,10 @@ def main(argv: list[str] | None = None) -> None:
         f"trained, fp32, {options.device}. Training: {len(data.train)} sequences, "
         f"{len(data.train_pairs)} pairs; held out: {len(data.heldout)}, {len(data.heldout_pairs)}."
     )
-    report.print_tables(console, settings, reports, runs, peaks, clock.seconds)
+    tables.print_tables(console, settings, reports, runs, peaks, clock.seconds)
     numbers = {"settings": settings, "reports": reports, "runs": runs, "memory": peaks}
-    report.write_json(options.output / "demo.json", {**numbers, "seconds": clock.seconds})
-    report.write_curves(options.output / "demo.png", runs, reports)
+    tables.write_json(options.output / "demo.json", {**numbers, "seconds": clock.seconds})
+    tables.write_curves(options.output / "demo.png", runs, reports)
     console.print(f"Curves: {options.output / 'demo.png'}, numbers: {options.output / 'demo.json'}")
 
 

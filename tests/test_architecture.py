@@ -273,3 +273,11 @@ def test_the_reference_specifies_every_function(name):
 def test_all_names_exist_once_each():
     assert len(set(fused_losses.__all__)) == len(fused_losses.__all__)
     assert [name for name in fused_losses.__all__ if not hasattr(fused_losses, name)] == []
+
+
+def test_scripts_of_two_folders_never_share_a_name():
+    """Each folder is on the path of one test process: the first module of a name would win."""
+    names = [
+        path.stem for folder in ("examples", "benchmarks") for path in ROOT.glob(f"{folder}/*.py")
+    ]
+    assert len(names) == len(set(names))

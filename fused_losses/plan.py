@@ -22,11 +22,11 @@ from typing import Literal
 
 import torch
 
+from fused_losses.backends.base import BLOCK_BYTES
+
 Route = Literal["logits", "forward", "token", "unit", "frozen", "recompute"]
 ENVIRONMENT_VARIABLE = "FUSED_LOSSES_WORKSPACE_BYTES"
 
-# Rows of the row pass's scratch when it may not overwrite the chunk (torch backend only).
-SCRATCH_BYTES = 2 * 2**20
 _DEFAULT_BYTES = {"cpu": 256 * 2**20}
 _DEFAULT_BYTES_GPU = 2**30
 _ROW_MULTIPLE = 128
@@ -166,7 +166,7 @@ def plan_units(sizes: Sequence[int], shape: LinearShape, budget: int) -> Plan | 
 def plan_logits(tokens: int, vocabulary: int, backend: str, *, need_gradient: bool) -> Plan:
     """Describe a call on logits: one read forward, one read and one write backward."""
     kernels = ("row pass", "row gradient") if need_gradient else ("row pass",)
-    scratch = SCRATCH_BYTES if backend == "torch" else 0
+    scratch = BLOCK_BYTES if backend == "torch" else 0
     return Plan("logits", backend, tokens, 0, vocabulary, (tokens,), 0, scratch, scratch, kernels)
 
 
@@ -220,7 +220,7 @@ def _chunk_bytes(rows: int, route: Route, shape: LinearShape) -> int:
 
 
 def _scratch_rows(shape: LinearShape) -> int:
-    return max(1, SCRATCH_BYTES // (shape.vocabulary * max(shape.logits_dtype.itemsize, 4)))
+    return max(1, BLOCK_BYTES // (shape.vocabulary * max(shape.logits_dtype.itemsize, 4)))
 
 
 def _most_rows(route: Route, shape: LinearShape, budget: int) -> int:

@@ -20,7 +20,7 @@ def use_small_blocks(monkeypatch: pytest.MonkeyPatch, block: int = 16) -> None:
     """Make rows of tens of columns take several turns of every loop, on either backend."""
     from fused_losses.backends import torch_rows
 
-    monkeypatch.setattr(torch_rows, "_BLOCK_BYTES", 600)
+    monkeypatch.setattr(torch_rows, "BLOCK_BYTES", 600)
     if _tl is None:
         return
     from fused_losses_kernels import launch

@@ -9,6 +9,10 @@ from torch import Tensor
 
 from fused_losses.token_losses import TokenLoss
 
+# Scratch of the torch backend per block of rows: small enough for the cache, large enough for torch
+# to use its threads. The planner counts it.
+BLOCK_BYTES = 2 * 2**20
+
 
 @dataclass(frozen=True)
 class RowMaths:

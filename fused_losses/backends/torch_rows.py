@@ -12,13 +12,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fused_losses.backends.base import Objective, RowMaths
+from fused_losses.backends.base import BLOCK_BYTES, Objective, RowMaths
 from fused_losses_kernels import lines
 
 name = "torch"
 
-# Scratch per block of rows: small enough for the cache, large enough for torch to use its threads.
-_BLOCK_BYTES = 2 * 2**20
 _IDENTITY = RowMaths()
 
 
@@ -129,7 +127,7 @@ def _row_blocks(z: Tensor, dtype: torch.dtype) -> Iterator[tuple[Tensor, slice]]
 
 
 def _block_rows(z: Tensor, dtype: torch.dtype) -> int:
-    return max(1, _BLOCK_BYTES // (z.shape[-1] * dtype.itemsize))
+    return max(1, BLOCK_BYTES // (z.shape[-1] * dtype.itemsize))
 
 
 def _scratch(z: Tensor, dtype: torch.dtype) -> Tensor:

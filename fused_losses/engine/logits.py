@@ -118,13 +118,13 @@ def _write(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    z, y, ref, value, *ctx.static = inputs
-    ctx.save_for_backward(z, y, ref, value, output[1])
+    z, y, _ref, value, *ctx.static = inputs
+    ctx.save_for_backward(z, y, value, output[1])
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, dloss: Tensor | None, drows: Tensor | None) -> tuple[Any, ...]:
-    z, y, _ref, value, rows = ctx.saved_tensors
+    z, y, value, rows = ctx.saved_tensors
     loss, options, ignore_index, entropy, inplace, backend = ctx.static
     need_dz, need_dvalue = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
     static = (loss, options, ignore_index, entropy)

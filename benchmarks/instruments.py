@@ -18,6 +18,8 @@ from peers import Run, log_probs, summed_loss, units
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from fused_losses.engine import workspace
+
 # Operators that multiply matrices, with the place of the first factor among their arguments.
 _GEMMS = {
     "aten::mm": 0,
@@ -117,6 +119,7 @@ def cost_of(case: Case, batch: Batch, run: Run) -> Cost:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
+    workspace.release()  # kept from a call before, it would not be counted
     with profile(
         activities=[ProfilerActivity.CPU], record_shapes=True, profile_memory=not gpu
     ) as profiler:

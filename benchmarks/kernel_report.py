@@ -58,6 +58,13 @@ ALIGNED: dict[str, Record] = {
     "fp32 mle, smoothed and capped": dict(
         logits="float32", loss="mle", smoothing=0.1, cap=30.0, entropy=True
     ),
+    "bf16 statistics, first range of columns": dict(logits="bfloat16", entropy=True, place="first"),
+    "fp32 hellinger, bf16 exponentials, middle range": dict(
+        logits="float32", loss="hellinger", ref=True, exponentials="bfloat16", place="middle"
+    ),
+    "fp32 hellinger, bf16 exponentials, last range": dict(
+        logits="float32", loss="hellinger", ref=True, exponentials="bfloat16", place="last"
+    ),
     "fp64 neyman": dict(logits="float64", loss="neyman", ref=True, exponentials="float64"),
 }
 RAGGED: dict[str, Record] = {
@@ -107,6 +114,7 @@ def _launch_rows(
     logits: str,
     V: int,
     N: int = 64,
+    place: str = "whole",
     loss: str | None = None,
     ref: bool = False,
     value: bool = False,
@@ -133,7 +141,12 @@ def _launch_rows(
     M = x.numel() // V
     y, rows, per_row = new(M, dtype=labels), new(lines.LINES, M), new(M)
     member = None if loss is None else TOKEN_LOSSES[loss]
-    shared = dict(ignore_index=ignore_index, pre=1.0, cap=cap)
+    first_column, vocabulary = {
+        "whole": (0, V), "first": (0, 3 * V), "middle": (V, 3 * V), "last": (2 * V, 3 * V)
+    }[place]  # fmt: skip
+    shared = dict(
+        ignore_index=ignore_index, pre=1.0, cap=cap, first_column=first_column, V=vocabulary
+    )
     row_pass.row_pass(
         x,
         y,

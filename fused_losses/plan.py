@@ -1,35 +1,58 @@
-"""How a call will run: route, chunks, FLOPs and bytes, decided before anything is computed.
+"""How a call will run: route, blocks, FLOPs and bytes, decided before anything is computed.
 
 Pure functions of shapes, dtypes, who needs a gradient and the byte budget. One GEMM over the head
 is 2 N D V FLOPs, N the labels that are not ignored. The routes of the linear path, with their FLOPs
-in units of N D V for a frozen and for a trained head:
+in units of N D V:
 
 - forward (2): no gradient is wanted.
-- token (4, 6): a reduced token loss; gradients are formed while the chunk's logits exist.
-- unit (4, 6): a function of the log-probs of whole units, called once per chunk of them.
-- frozen (4): arbitrary use of log-probs or of per-token losses, head frozen; their gradients with
-  respect to the hidden states are kept, (N, D), and scaled in backward.
-- recompute (8): the same with a trained head (6: frozen, with entropy gradients); backward makes
-  each chunk's logits again.
+- frozen (4): the head is, whatever the loss. Ranges of the vocabulary; d logp / d x is summed
+  beside the row statistics, as attention sums its values, and scaled by the loss's weights.
+- token (6): a reduced token loss; gradients are formed while the block's logits exist.
+- unit (6): a function of the log-probs of whole units, called once per block of them.
+- recompute (8): any use of log-probs or per-token losses; ranges of the vocabulary are made again
+  once the weights are known, and dW is rounded once. (6 where only the hidden states want it.)
+
+"token" and "unit" take whole rows, blocks of tokens; the others tiles, of blocks and ranges. Where
+several would do, ``cost`` decides, written down in :mod:`fused_losses.cost`: on a tight budget
+making the logits twice is cheaper than many blocks, each of which reads the head and adds to dW.
 """
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
 from fused_losses.backends.base import BLOCK_BYTES
+from fused_losses.cost import LinearShape, Route, bytes_moved, cost, flops, product_names
 
-Route = Literal["logits", "forward", "token", "unit", "frozen", "recompute"]
+__all__ = [
+    "LinearShape",
+    "Plan",
+    "Route",
+    "check_budget",
+    "forced_route",
+    "plan_linear",
+    "plan_logits",
+    "plan_units",
+    "routes_for",
+    "workspace_budget",
+]
+
 ENVIRONMENT_VARIABLE = "FUSED_LOSSES_WORKSPACE_BYTES"
+DEFAULT_CPU_BYTES = 256 * 2**20
 
-_DEFAULT_BYTES = {"cpu": 256 * 2**20}
 _DEFAULT_BYTES_GPU = 2**30
-_ROW_MULTIPLE = 128
+# Rows and columns of tiles: what matrix units and 16-byte accesses like.
+_MULTIPLE = 128
+# Narrower ranges of the vocabulary are not worth a launch.
+_LEAST_COLUMNS = 256
 
 
 @dataclass(frozen=True)
@@ -43,10 +66,12 @@ class Plan:
         hidden: D, 0 on the logits path.
         vocabulary: V.
         chunks: Tokens per chunk, in order.
+        columns: Columns of the vocabulary per product, in order; (V,) for whole rows.
         flops: GEMM FLOPs of forward and backward together.
+        bytes_moved: Bytes that products and row passes read and write, as the cost model has them.
         workspace_bytes: Bytes of a chunk's logits, their gradient and row-pass scratch.
         budget_bytes: The budget that the chunks were fitted to.
-        kernels: What runs per chunk, in order.
+        kernels: What runs per chunk and range of columns, in order.
     """
 
     route: Route
@@ -55,7 +80,9 @@ class Plan:
     hidden: int
     vocabulary: int
     chunks: tuple[int, ...]
+    columns: tuple[int, ...]
     flops: int
+    bytes_moved: int
     workspace_bytes: int
     budget_bytes: int
     kernels: tuple[str, ...]
@@ -70,33 +97,13 @@ class Plan:
         ndv = self.tokens * self.hidden * self.vocabulary
         gemms = f", {self.flops / ndv:.1f} NDV = {self.flops / 1e9:.2f} GFLOP" if ndv else ""
         sizes = f"{len(self.chunks)} chunk(s) of up to {max(self.chunks, default=0)} tokens"
+        if len(self.columns) > 1:
+            sizes += f", {len(self.columns)} ranges of up to {max(self.columns)} words"
         return (
             f"{self.route} route on {self.backend}: {self.tokens} tokens x {self.vocabulary}, "
             f"{sizes}{gemms}, workspace {self.workspace_bytes / 2**20:.1f} MiB; "
             + " > ".join(self.kernels)
         )
-
-
-@dataclass(frozen=True)
-class LinearShape:
-    """What the linear planner needs to know of a call, beyond the number of its tokens."""
-
-    hidden: int
-    vocabulary: int
-    compute_dtype: torch.dtype
-    logits_dtype: torch.dtype
-    backend: str
-    need_dx: bool
-    need_dw: bool
-    need_db: bool = False
-    softcap: bool = False
-    entropy: bool = False
-    exponentials: bool = True
-
-    @property
-    def need_gradient(self) -> bool:
-        """Whether anything at all needs a gradient."""
-        return self.need_dx or self.need_dw or self.need_db
 
 
 def workspace_budget(workspace_bytes: int | None, device: torch.device) -> int:
@@ -109,7 +116,7 @@ def workspace_budget(workspace_bytes: int | None, device: torch.device) -> int:
     if workspace_bytes is None:
         text = os.environ.get(ENVIRONMENT_VARIABLE)
         if text is None:
-            return _DEFAULT_BYTES.get(device.type, _DEFAULT_BYTES_GPU)
+            return DEFAULT_CPU_BYTES if device.type == "cpu" else _DEFAULT_BYTES_GPU
         source = ENVIRONMENT_VARIABLE
         if not text.strip().isdecimal():
             raise ValueError(f"{source} must be a positive integer (bytes), got {text!r}")
@@ -121,37 +128,66 @@ def workspace_budget(workspace_bytes: int | None, device: torch.device) -> int:
     return workspace_bytes
 
 
-def choose_route(shape: LinearShape, *, reduced: bool, entropy_gradient: bool = False) -> Route:
-    """Pick the route of a token loss (``reduced``) or of per-token results (not ``reduced``)."""
+def routes_for(shape: LinearShape, *, known: bool) -> tuple[Route, ...]:
+    """Return the routes that could serve a call.
+
+    ``known``: the loss is reduced, so a row's weight is known as soon as the row is.
+    """
     if not shape.need_gradient:
-        return "forward"
-    if reduced:
-        return "token"
-    if shape.need_dw or shape.need_db or entropy_gradient:
-        return "recompute"
-    return "frozen"
+        return ("forward",)
+    if shape.head_is_frozen:
+        return ("frozen",)
+    return ("token", "recompute") if known else ("recompute",)
 
 
-def plan_linear(route: Route, tokens: int, shape: LinearShape, budget: int) -> Plan:
-    """Split ``tokens`` evenly into chunks that fit the budget.
+_forced: ContextVar[Route | None] = ContextVar("fused_losses_route", default=None)
+
+
+@contextmanager
+def forced_route(route: Route) -> Iterator[None]:
+    """Make calls take one of their routes whatever it costs; for tests and measurements."""
+    token = _forced.set(route)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def plan_linear(routes: Sequence[Route], tokens: int, shape: LinearShape, budget: int) -> Plan:
+    """Take the cheapest of some routes, cut into the cheapest tiles that fit the budget.
 
     Raises:
-        ValueError: Not even one row fits; the message names the least budget that works.
+        ValueError: As :func:`check_budget`.
     """
-    most = _most_rows(route, shape, budget)
-    count = -(-tokens // most) if tokens else 0
-    rows = -(-tokens // count) if count else 0
-    rounded = -(-rows // _ROW_MULTIPLE) * _ROW_MULTIPLE
-    if rounded <= most:
-        rows = rounded
-    chunks = tuple(min(rows, tokens - start) for start in range(0, tokens, rows)) if rows else ()
-    return _plan(route, tokens, shape, budget, chunks)
+    if len(routes) > 1 and _forced.get() in routes:
+        routes = [route for route in routes if route == _forced.get()]
+    check_budget(routes, shape, budget)
+    found = [_cheapest(route, tokens, shape, budget) for route in routes]
+    plans = [plan for plan in found if plan is not None]
+    return min(plans, key=lambda plan: _cost_of(plan, shape))
+
+
+def check_budget(routes: Sequence[Route], shape: LinearShape, budget: int) -> None:
+    """Raise unless one of some routes can run within the budget.
+
+    Raises:
+        ValueError: None can; the message names the least budget that works.
+    """
+    least = min([_least_bytes(route, shape) for route in routes])
+    if budget < least:
+        raise ValueError(
+            f"workspace_bytes={budget} is too small for a head of {shape.vocabulary} words; "
+            f"the least that works is {least}"
+        )
 
 
 def plan_units(sizes: Sequence[int], shape: LinearShape, budget: int) -> Plan | None:
-    """Fill chunks with whole units, in order; None if a unit does not fit the budget."""
-    route: Route = "unit" if shape.need_gradient else "forward"
-    most = _most_rows(route, shape, budget)
+    """Fill chunks with whole units, in order.
+
+    None if a unit does not fit the budget, or if recomputation is cheaper.
+    """
+    V = shape.vocabulary
+    most = _most_rows(max(sum(sizes), 1), V, "unit", shape, budget)
     chunks: list[int] = []
     for size in sizes:
         if size > most:
@@ -160,29 +196,66 @@ def plan_units(sizes: Sequence[int], shape: LinearShape, budget: int) -> Plan | 
             chunks[-1] += size
         else:
             chunks.append(size)
-    return _plan(route, sum(sizes), shape, budget, tuple(chunks))
+    plan = _plan("unit", sum(sizes), shape, budget, tuple(chunks), (V,))
+    other = None if _forced.get() == "unit" else _cheapest("recompute", sum(sizes), shape, budget)
+    return plan if other is None or _cost_of(plan, shape) <= _cost_of(other, shape) else None
 
 
 def plan_logits(tokens: int, vocabulary: int, backend: str, *, need_gradient: bool) -> Plan:
     """Describe a call on logits: one read forward, one read and one write backward."""
     kernels = ("row pass", "row gradient") if need_gradient else ("row pass",)
     scratch = BLOCK_BYTES if backend == "torch" else 0
-    return Plan("logits", backend, tokens, 0, vocabulary, (tokens,), 0, scratch, scratch, kernels)
+    return Plan(
+        route="logits",
+        backend=backend,
+        tokens=tokens,
+        hidden=0,
+        vocabulary=vocabulary,
+        chunks=(tokens,),
+        columns=(vocabulary,),
+        flops=0,
+        bytes_moved=0,
+        workspace_bytes=scratch,
+        budget_bytes=scratch,
+        kernels=kernels,
+    )
+
+
+@functools.lru_cache(maxsize=512)
+def _cheapest(route: Route, tokens: int, shape: LinearShape, budget: int) -> Plan | None:
+    """The cheapest way to cut a route's logits into tiles that fit; None if none does."""
+    V = shape.vocabulary
+    if _least_bytes(route, shape) > budget:
+        return None
+    if not tokens:
+        return _plan(route, 0, shape, budget, (), (V,))
+    if shape.takes_whole_rows(route) or _tile_bytes(tokens, V, route, shape) <= budget:
+        chunks = _evenly(tokens, _most_rows(tokens, V, route, shape, budget))
+        return _plan(route, tokens, shape, budget, chunks, (V,))
+    plans = []
+    blocks = 1
+    while blocks < 2 * tokens:
+        rows = -(-tokens // min(blocks, tokens))
+        most = _most_columns(rows, route, shape, budget)
+        if most >= _least_columns(route, shape):
+            chunks, columns = _evenly(tokens, rows), _evenly(V, most)
+            plans.append(_plan(route, tokens, shape, budget, chunks, columns))
+        blocks *= 2
+    return min(plans, key=lambda plan: _cost_of(plan, shape))
+
+
+def _cost_of(plan: Plan, shape: LinearShape) -> float:
+    return cost(plan.route, plan.tokens, shape, len(plan.chunks), len(plan.columns))
 
 
 def _plan(
-    route: Route, tokens: int, shape: LinearShape, budget: int, chunks: tuple[int, ...]
+    route: Route,
+    tokens: int,
+    shape: LinearShape,
+    budget: int,
+    chunks: tuple[int, ...],
+    columns: tuple[int, ...],
 ) -> Plan:
-    product, passes, gradients = "z = X W'", "row pass", ["row gradient"]
-    if route != "recompute" and shape.exponentials:
-        # The pass leaves exponentials behind, which are the gradient up to a factor per row.
-        passes, gradients = "row pass with exponentials", []
-    between = {"unit": ["loss function"], "recompute": [product]}.get(route, [])
-    kernels = [product, "row pass"]
-    if route != "forward":
-        kernels = [product, passes, *between, *gradients]
-        kernels += ["dX = dz W"] * shape.need_dx + ["dW += dz' X"] * shape.need_dw
-    gemms = sum(" = X W'" in k or k.startswith(("dX", "dW")) for k in kernels)
     return Plan(
         route=route,
         backend=shape.backend,
@@ -190,49 +263,64 @@ def _plan(
         hidden=shape.hidden,
         vocabulary=shape.vocabulary,
         chunks=chunks,
-        flops=2 * gemms * tokens * shape.hidden * shape.vocabulary,
-        workspace_bytes=_chunk_bytes(max(chunks, default=0), route, shape),
+        columns=columns,
+        flops=flops(route, tokens, shape),
+        bytes_moved=bytes_moved(route, tokens, shape, len(chunks), len(columns)),
+        workspace_bytes=_tile_bytes(max(chunks, default=0), max(columns), route, shape),
         budget_bytes=budget,
-        kernels=tuple(kernels),
+        kernels=tuple(product_names(route, shape)),
     )
 
 
-def _row_bytes(route: Route, shape: LinearShape) -> tuple[int, int]:
-    """Bytes per row of a chunk, and per row of the row pass's scratch."""
+def _evenly(total: int, most: int) -> tuple[int, ...]:
+    """Split into the fewest parts of at most ``most``, alike and rounded where there is room."""
+    size = -(-total // -(-total // most))
+    rounded = -(-size // _MULTIPLE) * _MULTIPLE
+    if rounded <= most:
+        size = rounded
+    return tuple(min(size, total - start) for start in range(0, total, size))
+
+
+def _least_columns(route: Route, shape: LinearShape) -> int:
     V = shape.vocabulary
-    accumulate = max(shape.logits_dtype.itemsize, 4)
+    return V if shape.takes_whole_rows(route) else min(V, _LEAST_COLUMNS)
+
+
+def _least_bytes(route: Route, shape: LinearShape) -> int:
+    return _tile_bytes(1, _least_columns(route, shape), route, shape)
+
+
+def _most_rows(tokens: int, columns: int, route: Route, shape: LinearShape, budget: int) -> int:
+    """Most rows of so many columns that fit the budget, up to ``tokens``."""
+    sizes = range(1, tokens + 1)
+    return bisect_right(sizes, budget, key=lambda rows: _tile_bytes(rows, columns, route, shape))
+
+
+def _most_columns(rows: int, route: Route, shape: LinearShape, budget: int) -> int:
+    """Most columns of so many rows that fit the budget, up to all."""
+    sizes = range(1, shape.vocabulary + 1)
+    return bisect_right(sizes, budget, key=lambda columns: _tile_bytes(rows, columns, route, shape))
+
+
+def _tile_bytes(rows: int, columns: int, route: Route, shape: LinearShape) -> int:
+    """Bytes of a tile's logits, of their gradient where it is not in place, and of scratch."""
+    tile, scratch = _element_bytes(route, shape)
+    # The torch backend passes over blocks of rows; a single row may be larger than a block.
+    block = max(columns, BLOCK_BYTES // max(shape.logits_dtype.itemsize, 4))
+    return rows * columns * tile + min(rows * columns, block) * scratch
+
+
+def _element_bytes(route: Route, shape: LinearShape) -> tuple[int, int]:
+    """Bytes per logit of a tile, and per logit of the row pass's scratch."""
     separate_gradient = route != "forward" and shape.logits_dtype != shape.compute_dtype
-    chunk = V * (shape.logits_dtype.itemsize + separate_gradient * shape.compute_dtype.itemsize)
+    tile = shape.logits_dtype.itemsize + separate_gradient * shape.compute_dtype.itemsize
     if shape.backend != "torch":
-        return chunk, 0
+        return tile, 0
     # A pass that must leave the logits as they are, or whose maths are wider, works on a copy.
-    keeps_logits = route in ("token", "unit", "frozen") and not shape.exponentials
-    copies = int(keeps_logits or shape.logits_dtype.itemsize < 4)
+    keeps_logits = route in ("token", "unit") and not shape.exponentials
+    narrow = shape.compute_dtype if route == "recompute" else shape.logits_dtype
+    copies = int(keeps_logits or narrow.itemsize < 4)
     copies += (shape.softcap and route != "forward") + shape.entropy
     # The entropy's gradient masks what 0 * log 0 leaves, one byte per element.
-    mask = int(shape.entropy and route in ("unit", "recompute"))
-    return chunk, V * (accumulate * copies + mask)
-
-
-def _chunk_bytes(rows: int, route: Route, shape: LinearShape) -> int:
-    chunk, scratch = _row_bytes(route, shape)
-    return rows * chunk + min(rows, _scratch_rows(shape)) * scratch
-
-
-def _scratch_rows(shape: LinearShape) -> int:
-    return max(1, BLOCK_BYTES // (shape.vocabulary * max(shape.logits_dtype.itemsize, 4)))
-
-
-def _most_rows(route: Route, shape: LinearShape, budget: int) -> int:
-    """Most rows of a chunk that fit the budget; at least one."""
-    chunk, scratch = _row_bytes(route, shape)
-    least = chunk + scratch
-    if budget < least:
-        raise ValueError(
-            f"workspace_bytes={budget} is too small for one row of {shape.vocabulary} logits; "
-            f"the least that works is {least}"
-        )
-    rows = budget // least
-    if rows > _scratch_rows(shape):
-        rows = (budget - _scratch_rows(shape) * scratch) // chunk
-    return rows
+    mask = int(shape.entropy_gradient and route in ("unit", "recompute"))
+    return tile, max(shape.logits_dtype.itemsize, 4) * copies + mask

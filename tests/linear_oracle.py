@@ -193,12 +193,12 @@ def peak(events: Iterable[int]) -> int:
 
 
 class NewTensors(TorchDispatchMode):
-    """Remembers the element count of the largest storage that any operator returns.
+    """Remembers the bytes of the largest storage that any operator returns.
 
     It looks inside the library's own operators, which would otherwise hide what they make.
 
     Attributes:
-        largest: Elements of the largest storage seen that none of the given inputs owns.
+        largest: Bytes of the largest storage seen that none of the given inputs owns.
     """
 
     def __init__(self, *inputs: Tensor) -> None:
@@ -216,5 +216,5 @@ class NewTensors(TorchDispatchMode):
         out = func(*args, **kwargs)
         for t in tree_leaves(out):
             if isinstance(t, Tensor) and t.untyped_storage()._cdata not in self._known:
-                self.largest = max(self.largest, t.untyped_storage().nbytes() // t.itemsize)
+                self.largest = max(self.largest, t.untyped_storage().nbytes())
         return out

@@ -26,8 +26,7 @@ def use_small_blocks(monkeypatch: pytest.MonkeyPatch, block: int = 16) -> None:
     from fused_losses_kernels import launch
 
     monkeypatch.setattr(launch, "_INTERPRETED_BLOCK", block)
-    monkeypatch.setattr(launch, "_ROW_TABLE", ())
-    monkeypatch.setattr(launch, "_LONG_ROW", (max(block, 32), 1))
+    monkeypatch.setattr(launch, "_rows_for", lambda *_: ((0, (max(block, 32), 1)),))
 
 
 def interpreted(backend: str) -> bool:

@@ -21,6 +21,7 @@ LAYERS = (
     {"backends", "reference"},
     {"arguments"},
     {"reduction"},
+    {"cost"},
     {"plan"},
     {"engine"},
     {"functional"},

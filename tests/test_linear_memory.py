@@ -25,9 +25,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fused_losses
 from fused_losses.backends import RowMaths
-from fused_losses.engine import chunks as engine
 from fused_losses.engine import head as head_products
+from fused_losses.engine import head_call, workspace
+from fused_losses.engine.chunks import add_chunk, chunks_of
+from fused_losses.engine.gradients import GradientSums
 from fused_losses.engine.head import Head
+from fused_losses.engine.head_call import HeadCall
+from fused_losses.engine.rows import Coefficients
+from fused_losses.engine.tiles import blocks_of, recompute
 from fused_losses.plan import LinearShape, plan_linear
 
 B, T, D, V = 12, 25, 96, 5003
@@ -38,6 +43,11 @@ SEQUENCES = torch.arange(B)[:, None].expand(B, T)
 SLACK = 2**16
 # Upcast vocabulary at a time, where a CPU makes fp32 of 16-bit operands: outside the workspace.
 UPCAST = 2**20
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_kept_from_before() -> None:
+    workspace.release()
 
 
 def _squares(stats: fused_losses.TokenStats, rows: Tensor) -> Tensor:
@@ -108,7 +118,7 @@ def test_the_instruments_see_eager_torch_make_the_logits() -> None:
     assert max(memory_events(eager)) >= B * T * V * 4
     with NewTensors(*batch.tensors) as seen:
         eager()
-    assert seen.largest >= B * T * V
+    assert seen.largest >= B * T * V * 4
 
 
 @each_call
@@ -129,8 +139,9 @@ def test_nothing_of_tokens_times_vocabulary_is_made(
     with NewTensors(*batch.tensors) as seen:
         _run(name, batch, ref, logits_dtype=logits_dtype)
     # Nor anything near it: the workspace, or the weight's gradient.
-    assert seen.largest <= max(BUDGET // min(dtype.itemsize, 4), V * D)
-    assert seen.largest < N * V
+    accumulator = V * D * 4
+    assert seen.largest <= max(BUDGET, accumulator)
+    assert seen.largest < N * V * dtype.itemsize
 
 
 @each_call
@@ -142,12 +153,12 @@ def test_memory_is_the_gradients_and_one_chunk(name: str, trained: str) -> None:
         batch = batch.leaves(w="weight" in trained)
     fn, args, options = _arguments(name, batch, ref)
     plan = fused_losses.explain(fn, *args, **options)
-    assert len(plan.chunks) > 3
+    assert len(plan.chunks) * len(plan.columns) > 3
     events = memory_events(lambda: _run(name, batch, ref))
     assert max(events) < N * V * 4
     gradients = sum(t.numel() * t.itemsize for t in batch.tensors if t.requires_grad)
-    # A frozen head keeps d loss / d x from forward, and backward scales it into a new one.
-    kept = batch.x.numel() * 4 if plan.route == "frozen" else 0
+    # A frozen head keeps -d logp / d x from forward; backward scales it and adds the target's rows.
+    kept = 3 * batch.x.numel() * 4 if plan.route == "frozen" else 0
     # A chunk's hidden states and what they give to dx, before it takes its place.
     chunk_rows = 2 * max(plan.chunks) * D * 4
     assert peak(events) <= gradients + kept + plan.workspace_bytes + chunk_rows + SLACK
@@ -179,7 +190,7 @@ def test_explained_bytes_fit_the_budget_and_are_what_is_taken(name: str) -> None
             assert plan.budget_bytes == budget
             assert plan.workspace_bytes <= budget
             # The chunk's logits alone: the plan may not promise less than they take.
-            assert plan.workspace_bytes >= max(plan.chunks) * V * 4
+            assert plan.workspace_bytes >= max(plan.chunks) * max(plan.columns) * 4
 
 
 @pytest.mark.parametrize("logits_dtype", [torch.bfloat16, torch.float32])
@@ -205,29 +216,52 @@ def test_the_triton_backend_takes_no_memory_beside_the_chunk() -> None:
                 *_first(leaves), backend="triton", workspace_bytes=5 * 300 * 4
             )
             loss.backward()
-    # The interpreter looks at the chunk as bytes.
-    assert 5 * 300 <= seen.largest <= 5 * 300 * 4 < batch.ndv / batch.w.shape[1]
+    dw = batch.w.numel() * 4
+    assert dw <= seen.largest <= max(5 * 300 * 4, dw) < 4 * batch.ndv / batch.w.shape[1]
 
 
 class _NoRows:
-    """A row pass that computes nothing: it takes no memory, as the kernels take none."""
+    """Row passes that compute nothing: they take no memory, as the kernels take none."""
 
     @staticmethod
     def row_pass(z: Tensor, *args: Any, **options: Any) -> None:
         assert z.dim() == 2
 
+    row_gradient = row_pass
+
+
+def _through_chunks(call: HeadCall) -> GradientSums:
+    sums = GradientSums(call, [True, True, False], torch.float32)
+    for chunk in chunks_of(call):
+        chunk.row_pass()
+        add_chunk(sums, chunk)
+    return sums
+
+
+def _through_tiles(call: HeadCall) -> GradientSums:
+    for _ in blocks_of(call):
+        pass
+    c = Coefficients(call.rows[0])
+    return recompute(call, call.rows, c, [True, True, False], torch.float32)
+
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("route", "run"), [("token", _through_chunks), ("recompute", _through_tiles)]
+)
 def test_the_engine_stays_below_it_at_32k_tokens_and_262k_words(
-    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: torch.dtype,
+    route: Any,
+    run: Callable[[HeadCall], GradientSums],
 ) -> None:
     """Below the custom operator, with every row counted, on tensors that hold no memory."""
     tokens, vocabulary, hidden, budget = 32768, 262144, 4096, 2**30
-    monkeypatch.setattr(engine, "load_backend", lambda name: _NoRows)
+    monkeypatch.setattr(head_call, "load_backend", lambda name: _NoRows)
     # Fewer and larger blocks of upcast vocabulary, for time: still far below the limit.
     monkeypatch.setattr(head_products, "_BLOCK_BYTES", 2**27)
     shape = LinearShape(hidden, vocabulary, dtype, dtype, "triton", True, True)
-    plan = plan_linear("token", tokens, shape, budget)
+    plan = plan_linear([route], tokens, shape, budget)
     assert sum(plan.chunks) == tokens
     with FakeTensorMode():
         x = torch.empty(tokens, hidden, dtype=dtype)
@@ -235,17 +269,51 @@ def test_the_engine_stays_below_it_at_32k_tokens_and_262k_words(
         y = torch.empty(tokens, dtype=torch.int64)
         with NewTensors(x, w, y) as seen:
             head = Head(w, None, dtype, dtype)
-            call = engine.ChunkedHead(x, y, None, plan, head, RowMaths(), -100)
-            sums = engine.GradientSums(call, [True, True, False], torch.float32)
-            for chunk in call:
-                chunk.row_pass(gradient=True)
-                sums.add(chunk)
+            sums = run(HeadCall(x, y, None, plan, head, RowMaths(), -100))
             dw, _ = sums.head_gradients(w, None)
         assert sums.dx is not None
         assert sums.dx.shape == x.shape
         assert dw is not None
         assert (dw.shape, dw.dtype) == (w.shape, dtype)
-    # dW itself is the largest tensor; the logits of all tokens would be eight times that.
-    assert seen.largest == vocabulary * hidden
-    assert seen.largest * 8 <= tokens * vocabulary
-    assert max(plan.chunks) * vocabulary * dtype.itemsize <= budget
+    # dW, or its fp32 accumulator, is the largest; the logits of all tokens would be far more.
+    assert seen.largest <= vocabulary * hidden * 4
+    assert seen.largest * 4 <= tokens * vocabulary * dtype.itemsize
+    assert plan.workspace_bytes <= budget
+
+
+def test_a_cpu_keeps_one_workspace_of_at_most_the_default_budget() -> None:
+    batch = head_batch((B, T), D, V).leaves()
+
+    def taken() -> int:
+        call = lambda: fused_losses.linear_mle_loss(*_first(batch)).backward()  # noqa: E731
+        return max(memory_events(call))
+
+    logits = N * V * 4
+    assert taken() >= logits
+    # Gradients alone: the logits are in the memory of the call before.
+    assert taken() == V * D * 4 < logits
+    workspace.release()
+    assert taken() >= logits
+    with torch.inference_mode():
+        workspace.release()
+        fused_losses.linear_mle_loss(*_first(batch))
+    fused_losses.linear_mle_loss(*_first(batch)).backward()  # on memory of its own
+
+
+def test_calls_inside_a_call_have_workspaces_of_their_own() -> None:
+    batch = head_batch((B, T), D, V)
+    inner = fused_losses.linear_mle_loss(*_first(batch))
+    seen: list[Tensor] = []
+
+    def loss_fn(stats: fused_losses.TokenStats, rows: Tensor) -> Tensor:
+        seen.append(fused_losses.linear_mle_loss(*_first(batch)))
+        return -stats.logps.sum() / N
+
+    leaves = batch.leaves()
+    loss = fused_losses.linear_loss(*_first(leaves), loss_fn)
+    assert torch.equal(seen[0], inner)
+    torch.testing.assert_close(loss, inner)
+    (dx,) = torch.autograd.grad(loss, leaves.x)
+    again = batch.leaves()
+    (expected,) = torch.autograd.grad(fused_losses.linear_mle_loss(*_first(again)), again.x)
+    torch.testing.assert_close(dx, expected)

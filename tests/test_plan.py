@@ -10,18 +10,21 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fused_losses.cost import bytes_moved, cost, flops
 from fused_losses.plan import (
     LinearShape,
     Plan,
-    choose_route,
+    forced_route,
     plan_linear,
     plan_logits,
     plan_units,
+    routes_for,
     workspace_budget,
 )
 
 SHAPE = LinearShape(64, 1000, torch.float32, torch.float32, "torch", True, True)
-ROUTES: Any = st.sampled_from(["forward", "token", "unit", "frozen", "recompute"])
+ROUTE_NAMES = ["forward", "token", "unit", "frozen", "recompute"]
+ROUTES: Any = st.sampled_from(ROUTE_NAMES)
 DTYPES = st.sampled_from(
     [
         (torch.float32, torch.float32),
@@ -36,7 +39,7 @@ CPU = torch.device("cpu")
 @st.composite
 def shapes(draw: st.DrawFn) -> LinearShape:
     compute, logits = draw(DTYPES)
-    flags = [draw(st.booleans()) for _ in range(5)]
+    flags = [draw(st.booleans()) for _ in range(7)]
     backend = draw(st.sampled_from(["torch", "triton"]))
     V = draw(st.integers(1, 300_000))
     return LinearShape(draw(st.integers(1, 8192)), V, compute, logits, backend, *flags)
@@ -44,31 +47,37 @@ def shapes(draw: st.DrawFn) -> LinearShape:
 
 def _least(route: Any, shape: LinearShape) -> int:
     with pytest.raises(ValueError, match="the least that works is") as caught:
-        plan_linear(route, 1, shape, 1)
+        plan_linear([route], 1, shape, 1)
     return int(str(caught.value).rsplit(" ", 1)[1])
 
 
 @given(ROUTES, shapes(), st.integers(0, 100_000), st.floats(1.0, 5000.0))
-def test_chunks_add_up_evenly_within_the_budget(
+def test_tiles_add_up_evenly_within_the_budget(
     route: Any, shape: LinearShape, tokens: int, factor: float
 ) -> None:
     budget = int(_least(route, shape) * factor)
-    plan = plan_linear(route, tokens, shape, budget)
+    plan = plan_linear([route], tokens, shape, budget)
     assert sum(plan.chunks) == plan.tokens == tokens
-    assert all(size > 0 for size in plan.chunks)
+    assert sum(plan.columns) == shape.vocabulary
     assert plan.workspace_bytes <= plan.budget_bytes == budget
-    assert len(set(plan.chunks[:-1])) <= 1
-    assert not plan.chunks or plan.chunks[-1] <= plan.chunks[0]
+    for parts in (plan.chunks, plan.columns):
+        assert all(size > 0 for size in parts)
+        assert len(set(parts[:-1])) <= 1
+        assert not parts or parts[-1] <= parts[0]
 
 
 @given(ROUTES, shapes(), st.integers(1, 100_000), st.floats(1.0, 100.0), st.floats(1.0, 8.0))
-def test_more_budget_never_means_more_chunks(
+def test_more_budget_never_costs_more(
     route: Any, shape: LinearShape, tokens: int, factor: float, more: float
 ) -> None:
     budget = int(_least(route, shape) * factor)
-    small, large = (plan_linear(route, tokens, shape, b) for b in (budget, int(budget * more)))
-    assert len(large.chunks) <= len(small.chunks)
+    small, large = (plan_linear([route], tokens, shape, b) for b in (budget, int(budget * more)))
     assert large.flops == small.flops
+    if shape.takes_whole_rows(route):
+        assert large.bytes_moved <= small.bytes_moved
+    else:
+        # Ranges and blocks are whole numbers: a little more memory may divide less well.
+        assert large.bytes_moved <= 1.1 * small.bytes_moved
 
 
 @given(ROUTES, shapes())
@@ -76,30 +85,46 @@ def test_the_least_budget_that_an_error_names_works_and_one_byte_less_does_not(
     route: Any, shape: LinearShape
 ) -> None:
     least = _least(route, shape)
-    assert plan_linear(route, 3, shape, least).chunks == (1, 1, 1)
+    assert plan_linear([route], 3, shape, least).chunks == (1, 1, 1)
     with pytest.raises(ValueError, match=f"workspace_bytes={least - 1} is too small"):
-        plan_linear(route, 3, shape, least - 1)
-    # A row of logits is the least that anyone could do with.
-    assert least >= shape.vocabulary * shape.logits_dtype.itemsize
+        plan_linear([route], 3, shape, least - 1)
+    columns = shape.vocabulary
+    if not shape.takes_whole_rows(route):
+        columns = min(columns, 256)
+    # What is passed over at a time is the least that anyone could do with.
+    assert least >= columns * shape.logits_dtype.itemsize
 
 
 def test_chunks_are_multiples_of_128_where_that_fits() -> None:
-    plan = plan_linear("token", 1000, SHAPE, 400 * 1000 * 4)
+    plan = plan_linear(["token"], 1000, SHAPE, 400 * 1000 * 4)
     assert plan.chunks == (384, 384, 232)
     # 334 rows a chunk is even; rounded up to 384 they no longer fit.
-    plan = plan_linear("token", 1000, SHAPE, 340 * 1000 * 4)
+    plan = plan_linear(["token"], 1000, SHAPE, 340 * 1000 * 4)
     assert plan.chunks == (334, 334, 332)
 
 
-def test_one_chunk_takes_everything_that_fits() -> None:
-    assert plan_linear("token", 77, SHAPE, 2**20).chunks == (77,)
-    assert plan_linear("token", 0, SHAPE, 2**20).chunks == ()
+@pytest.mark.parametrize("route", ROUTE_NAMES)
+def test_one_tile_takes_everything_that_fits(route: Any) -> None:
+    plan = plan_linear([route], 77, SHAPE, 2**20)
+    assert (plan.chunks, plan.columns) == ((77,), (1000,))
+    assert plan_linear([route], 0, SHAPE, 2**20).chunks == ()
+
+
+def test_few_tokens_take_ranges_and_many_take_blocks_as_well() -> None:
+    wide = replace(SHAPE, vocabulary=100_000)
+    few = plan_linear(["recompute"], 100, wide, 2**22)
+    assert len(few.chunks) == 1 < len(few.columns)
+    many = plan_linear(["forward"], 100_000, wide, 2**22)
+    assert len(many.chunks) > 1 < len(many.columns)
+    # Close to squares, which read hidden states and head the least often.
+    assert 0.2 < many.chunks[0] / many.columns[0] < 5
 
 
 @given(st.lists(st.integers(1, 30), max_size=40), st.integers(30, 200))
 def test_units_stay_whole_and_in_order(sizes: list[int], rows: int) -> None:
     shape = replace(SHAPE, backend="triton")
-    plan = plan_units(sizes, shape, rows * 1000 * 4)
+    with forced_route("unit"):
+        plan = plan_units(sizes, shape, rows * 1000 * 4)
     assert plan is not None
     assert sum(plan.chunks) == plan.tokens == sum(sizes)
     assert max(plan.chunks, default=0) <= rows
@@ -113,55 +138,115 @@ def test_units_stay_whole_and_in_order(sizes: list[int], rows: int) -> None:
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=40), st.integers(1, 29))
 def test_a_unit_that_does_not_fit_makes_no_plan(sizes: list[int], rows: int) -> None:
     shape = replace(SHAPE, backend="triton")
-    plan = plan_units(sizes, shape, rows * 1000 * 4)
+    with forced_route("unit"):
+        plan = plan_units(sizes, shape, rows * 1000 * 4)
     assert (plan is None) == (max(sizes) > rows)
 
 
 @pytest.mark.parametrize(
-    ("dx", "dw", "db", "reduced", "entropy", "route", "products"),
+    ("dx", "dw", "db", "known", "changes", "routes", "products"),
     [
-        (False, False, False, True, False, "forward", 1),
-        (False, False, False, False, True, "forward", 1),
-        (True, False, False, True, False, "token", 2),
-        (True, True, True, True, False, "token", 3),
-        (False, True, False, True, False, "token", 2),
-        (False, False, True, True, False, "token", 1),
-        (True, False, False, False, False, "frozen", 2),
-        (True, False, False, False, True, "recompute", 3),
-        (True, False, True, False, False, "recompute", 3),
-        (True, True, False, False, False, "recompute", 4),
-        (False, True, False, False, False, "recompute", 3),
+        (False, False, False, True, {}, ["forward"], [1]),
+        (False, False, False, False, {"entropy_gradient": True}, ["forward"], [1]),
+        (True, False, False, True, {}, ["frozen"], [2]),
+        (True, False, False, False, {}, ["frozen"], [2]),
+        (True, False, False, True, {"smoothing": True}, ["frozen"], [2]),
+        (True, False, False, True, {"smoothing": True, "softcap": True}, ["token", "recompute"],
+         [2, 3]),
+        (True, True, True, True, {}, ["token", "recompute"], [3, 4]),
+        (False, True, False, True, {}, ["token", "recompute"], [2, 3]),
+        (False, False, True, True, {}, ["token", "recompute"], [1, 2]),
+        (True, False, False, False, {"entropy_gradient": True}, ["recompute"], [3]),
+        (True, False, True, False, {}, ["recompute"], [3]),
+        (True, True, False, False, {}, ["recompute"], [4]),
+        (False, True, False, False, {}, ["recompute"], [3]),
     ],
-)
-def test_the_route_and_its_products(
-    dx: bool, dw: bool, db: bool, reduced: bool, entropy: bool, route: str, products: int
+)  # fmt: skip
+def test_the_routes_and_their_products(
+    dx: bool,
+    dw: bool,
+    db: bool,
+    known: bool,
+    changes: dict[str, bool],
+    routes: list[str],
+    products: list[int],
 ) -> None:
-    shape = replace(SHAPE, need_dx=dx, need_dw=dw, need_db=db)
-    chosen = choose_route(shape, reduced=reduced, entropy_gradient=entropy)
-    assert chosen == route
-    plan = plan_linear(chosen, 50, shape, 2**24)
-    assert plan.flops == 2 * products * 50 * 64 * 1000
+    shape = replace(SHAPE, need_dx=dx, need_dw=dw, need_db=db, **changes)
+    possible = routes_for(shape, known=known)
+    assert list(possible) == routes
+    for route, count in zip(possible, products, strict=True):
+        assert plan_linear([route], 50, shape, 2**24).flops == 2 * count * 50 * 64 * 1000
 
 
-@pytest.mark.parametrize("exponentials", [True, False])
-def test_a_unit_plan_calls_the_loss_before_the_gradient_products(exponentials: bool) -> None:
-    plan = plan_units([3, 4], replace(SHAPE, exponentials=exponentials), 2**20)
+def test_the_model_is_the_table_that_is_written_down() -> None:
+    N, D, V, b, k = 1000, 64, 5000, 3, 2
+    shape = LinearShape(D, V, torch.bfloat16, torch.float32, "triton", True, True)
+    x, w, z = N * D, V * D, N * V
+    logits = k * x * 2 + b * w * 2 + z * 4
+    gradient = z * 4 + z * 2
+    dx = z * 2 + b * w * 2 + (2 * k - 1) * x * 4
+    dw = z * 2 + k * x * 2 + (2 * b - 1) * w * 4 + w * (2 + 4)
+    assert bytes_moved("forward", N, shape, b, k) == logits + z * 4
+    assert bytes_moved("token", N, shape, b, k) == logits + z * 4 + gradient + dx + dw
+    assert bytes_moved("recompute", N, shape, b, k) == 2 * logits + z * 4 + gradient + dx + dw
+    assert bytes_moved("frozen", N, shape, b, k) == logits + (z * 4 + z * 2) + dx
+    one = bytes_moved("token", N, shape, 1, 1)
+    assert one == (x * 2 + w * 2 + z * 4) + z * 4 + gradient + (z * 2 + w * 2 + x * 2) + (
+        z * 2 + x * 2 + w * 2
+    )
+    assert flops("recompute", N, shape) == 8 * N * D * V
+    assert cost("token", N, shape, b, k) == flops("token", N, shape) + 180.0 * bytes_moved(
+        "token", N, shape, b, k
+    )
+
+
+@given(shapes(), st.integers(1, 20_000), st.floats(1.0, 3000.0))
+def test_of_several_routes_the_cheapest_is_taken(
+    shape: LinearShape, tokens: int, factor: float
+) -> None:
+    budget = int(_least("token", shape) * factor)
+    both = plan_linear(["token", "recompute"], tokens, shape, budget)
+
+    def price(plan: Plan) -> float:
+        return cost(plan.route, tokens, shape, len(plan.chunks), len(plan.columns))
+
+    alone = [plan_linear([route], tokens, shape, budget) for route in ("token", "recompute")]
+    assert price(both) == min(price(plan) for plan in alone)
+
+
+def test_tight_budgets_recompute_and_wide_ones_do_not() -> None:
+    # Shape A of the project's figures, on a GPU: 6 NDV down to 256 MiB, 8 below 100.
+    shape = LinearShape(4096, 128256, torch.bfloat16, torch.bfloat16, "triton", True, True)
+    found = {
+        mib: plan_linear(["token", "recompute"], 8192, shape, mib * 2**20).route
+        for mib in (32, 64, 256, 1024)
+    }
+    assert found == {32: "recompute", 64: "recompute", 256: "token", 1024: "token"}
+
+
+def test_a_forced_route_is_taken_where_it_is_possible() -> None:
+    for route in ("token", "recompute"):
+        with forced_route(route):
+            assert plan_linear(["token", "recompute"], 300, SHAPE, 2**20).route == route
+            assert plan_linear(["frozen"], 300, SHAPE, 2**20).route == "frozen"
+
+
+@pytest.mark.parametrize("entropy_gradient", [False, True])
+def test_a_unit_plan_calls_the_loss_before_the_gradient_products(entropy_gradient: bool) -> None:
+    plan = plan_units([3, 4], replace(SHAPE, entropy_gradient=entropy_gradient), 2**20)
     assert plan is not None
     assert plan.route == "unit"
     assert plan.flops == 6 * 7 * 64 * 1000
     named = list(plan.kernels)
-    first = ["row pass with exponentials"] if exponentials else ["row pass"]
-    then = [] if exponentials else ["row gradient"]
-    assert named[1:4] == [*first, "loss function", *then, "dX = dz W"][:3]
-    assert named[-2:] == ["dX = dz W", "dW += dz' X"]
-    frozen = plan_units([3], replace(SHAPE, need_dx=False, need_dw=False), 2**20)
-    assert frozen is not None
-    assert frozen.route == "forward"
+    first = ["row pass"] if entropy_gradient else ["row pass with exponentials"]
+    then = ["row gradient"] if entropy_gradient else []
+    assert named[1:4] == [*first, "loss function", *then, "dX += dz W"][:3]
+    assert named[-2:] == ["dX += dz W", "dW += dz' X"]
 
 
 def test_what_needs_more_scratch_gets_smaller_chunks() -> None:
     def rows(**changes: Any) -> int:
-        return max(plan_linear("token", 10_000, replace(SHAPE, **changes), 2**20).chunks)
+        return max(plan_linear(["token"], 10_000, replace(SHAPE, **changes), 2**20).chunks)
 
     assert rows() > rows(softcap=True) > rows(softcap=True, entropy=True)
     assert rows(backend="triton") == rows(backend="triton", softcap=True)
@@ -171,11 +256,11 @@ def test_what_needs_more_scratch_gets_smaller_chunks() -> None:
 
 
 def test_a_plan_reads_as_one_line() -> None:
-    text = str(plan_linear("token", 1000, SHAPE, 400 * 1000 * 4))
+    text = str(plan_linear(["token"], 1000, SHAPE, 400 * 1000 * 4))
     assert "\n" not in text
     for part in ("token route on torch", "1000 tokens x 1000", "3 chunk(s)", "384", "6.0 NDV"):
         assert part in text
-    empty = str(plan_linear("token", 0, SHAPE, 2**20))
+    empty = str(plan_linear(["token"], 0, SHAPE, 2**20))
     assert "0 tokens" in empty
     assert "NDV" not in empty
 

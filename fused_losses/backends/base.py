@@ -49,6 +49,8 @@ class Backend(Protocol):
 
     Rows whose label is ``ignore_index`` get 0 everywhere; rows with a label outside [0, V) get NaN.
     Logits are (N, V), or (B, T, V) with N = B * T, of any strides; ``y`` is (N,) and contiguous.
+    They may be the columns from ``first_column`` on of a ``vocabulary`` that is passed range after
+    range: ``rows`` then holds what is known so far, and the results once the last range has passed.
     """
 
     name: str
@@ -68,12 +70,16 @@ class Backend(Protocol):
         entropy: bool = False,
         top1: bool = False,
         overwrite: bool = False,
+        first_column: int = 0,
+        vocabulary: int | None = None,
     ) -> None:
         """Fill ``rows`` from one read of z; ENTROPY and TOP1 are 0 unless asked for.
 
         ``exponentials`` (N, V), maybe z itself, gets ``exp(z - SHIFT)`` times the derivative of
         tanh (with a softcap), and ``-(SUM - exp(z_y - SHIFT))``, times the same, at the target:
         ``alpha / SUM * pre`` times it is the gradient of a loss with ``d loss / d logp = -alpha``.
+        With a range of columns the target's entry is 0: its sum is not known yet, and SHIFT is the
+        one so far.
         ``overwrite`` allows the pass to use z as its scratch memory.
         """
 
@@ -90,6 +96,8 @@ class Backend(Protocol):
         dmean: Tensor | None = None,
         dentropy: Tensor | None = None,
         dz: Tensor,
+        first_column: int = 0,
+        vocabulary: int | None = None,
     ) -> None:
         """Fill ``dz`` (z's shape, contiguous rows, maybe z) from per-row coefficients (N,)."""
 

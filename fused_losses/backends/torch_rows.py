@@ -34,35 +34,48 @@ def row_pass(
     entropy: bool = False,
     top1: bool = False,
     overwrite: bool = False,
+    first_column: int = 0,
+    vocabulary: int | None = None,
 ) -> None:
     """See :class:`fused_losses.backends.Backend`."""
     e = exponentials
     overwrite = overwrite or (e is not None and e.data_ptr() == z.data_ptr())
     in_place = overwrite and z.dtype == rows.dtype
     scratch = None if in_place else _scratch(z, rows.dtype)
+    C, V = z.shape[-1], vocabulary or z.shape[-1]
+    first, last = first_column == 0, first_column + C == V
     smoothed = objective is not None and objective.label_smoothing != 0.0
     for block, at in _row_blocks(z, rows.dtype):
         out, yb = rows[:, at], y[at]
         ignored = yb == ignore_index
+        here = yb - first_column
         E = block if scratch is None else scratch[: block.shape[0]]
         x = _transformed(block, maths, E, copy=smoothed)
         jacobian = None if e is None else _jacobian(x, maths)
-        mean = x.mean(1) if smoothed else None
-        _exponentiate(x, yb, out, E, entropy=entropy, top1=top1)
-        if objective is None:
-            out[[lines.LOSS, lines.DLOGP, lines.DLSE]] = 0.0
-        else:
-            _token_loss(
-                out,
-                objective,
-                ref=None if ref is None else ref[at],
-                value=None if value is None else value[at],
-                mean=mean,
-            )
+        total = x.sum(1) if smoothed else None
+        if total is not None and not first:
+            total += out[lines.SO_FAR_TOTAL]
+        _exponentiate(x, here, out, E, entropy=entropy, top1=top1, first=first)
         if e is not None:
-            s_rest = out[lines.REST] * out[lines.SUM]
-            E.scatter_(1, _inside(yb, E.shape[1])[0], -s_rest[:, None])
+            # Whole rows know the target's entry already.
+            if first and last:
+                E.scatter_(1, _inside(here, C)[0], -out[lines.SUM, :, None])
             _store(E, e[at], ignored, jacobian)
+        if last:
+            mean = None if total is None else total / V
+            _finish(out, entropy=entropy)
+            if objective is None:
+                out[[lines.LOSS, lines.DLOGP, lines.DLSE]] = 0.0
+            else:
+                _token_loss(
+                    out,
+                    objective,
+                    ref=None if ref is None else ref[at],
+                    value=None if value is None else value[at],
+                    mean=mean,
+                )
+        elif total is not None:
+            out[lines.SO_FAR_TOTAL] = total
         # Not a product with a mask: NaN in an ignored row must not get out.
         out.masked_fill_(ignored, 0.0)
 
@@ -79,8 +92,11 @@ def row_gradient(
     dmean: Tensor | None = None,
     dentropy: Tensor | None = None,
     dz: Tensor,
+    first_column: int = 0,
+    vocabulary: int | None = None,
 ) -> None:
     """See :class:`fused_losses.backends.Backend`."""
+    V = vocabulary or z.shape[-1]
     scratch = None if dz.dtype == rows.dtype else _scratch(z, rows.dtype)
     targets = (block for block, _ in _row_blocks(dz, rows.dtype))
     for (block, at), target in zip(_row_blocks(z, rows.dtype), targets, strict=True):
@@ -93,13 +109,14 @@ def row_gradient(
         if dentropy is not None:
             surprise = E + (out[lines.ENTROPY] - out[lines.SUM].log())[:, None]
         E.exp_()
+        good = (yb >= 0) & (yb < V)
         _scale_to_gradient(
             E,
-            yb,
+            yb - first_column,
             out,
-            dlogp=dlogp[at].to(rows.dtype),
+            dlogp=torch.where(good, dlogp[at].to(rows.dtype), torch.nan),
             dlse=None if dlse is None else dlse[at].to(rows.dtype),
-            dmean=None if dmean is None else dmean[at].to(rows.dtype),
+            dmean=None if dmean is None else dmean[at].to(rows.dtype) / V,
             dentropy=None if dentropy is None else dentropy[at].to(rows.dtype),
             surprise=surprise,
         )
@@ -156,19 +173,58 @@ def _jacobian(x: Tensor, maths: RowMaths) -> Tensor | None:
 
 
 def _exponentiate(
-    x: Tensor, y: Tensor, out: Tensor, E: Tensor, *, entropy: bool, top1: bool
+    x: Tensor, y: Tensor, out: Tensor, E: Tensor, *, entropy: bool, top1: bool, first: bool
 ) -> None:
-    """Fill E (R, V), maybe x, with exp(x - shift), 0 at the target, and ``out`` with statistics."""
-    at_y, good = _inside(y, x.shape[1])
-    shift = x.amax(1)
+    """Fill E (R, C), maybe x, with exp(x - shift), 0 at the target, and ``out`` with what is known.
+
+    ``y`` counts from the first of these columns; ``first``: they are the first of the row.
+    """
+    at_y, here = _inside(y, x.shape[1])
+    m = x.amax(1)
+    is_top1 = here & (x.argmax(1) == at_y[:, 0]) if top1 else torch.zeros_like(here)
     x_y = x.gather(1, at_y)[:, 0]
-    out[lines.TOP1] = x.argmax(1) == at_y[:, 0] if top1 else 0.0
-    shift = torch.where(shift == -torch.inf, 0.0, shift)
-    x_y = torch.where(good, x_y, torch.nan) - shift
-    torch.sub(x, shift[:, None], out=E).exp_()
-    e_log = torch.special.xlogy(E, E).sum(1) if entropy else None
-    E.scatter_(1, at_y, 0.0)
-    e_y, s_rest = x_y.exp(), E.sum(1)
+    if first:
+        x_y = torch.where(here, x_y, torch.nan)
+        k, before = m, None
+    else:
+        x_y = torch.where(here, x_y, out[lines.SO_FAR_TARGET])
+        k, before = _continue(m, y, out, entropy=entropy)
+        larger = m > out[lines.SO_FAR_LARGEST]
+        is_top1 = torch.where(larger, is_top1, out[lines.TOP1] != 0.0)
+        m = torch.where(larger, m, out[lines.SO_FAR_LARGEST])
+    torch.sub(x, _finite(k)[:, None], out=E).exp_()
+    s_log = torch.special.xlogy(E, E).sum(1) if entropy else None
+    E.scatter_(1, at_y, torch.where(here[:, None], 0.0, E.gather(1, at_y)))
+    s_rest = E.sum(1)
+    if before is not None:
+        s_rest = s_rest + before[0]
+        s_log = None if s_log is None else s_log + before[1]
+    out[lines.SO_FAR_TARGET], out[lines.SO_FAR_LARGEST] = x_y, m
+    out[lines.SHIFT], out[lines.SUM], out[lines.TOP1] = k, s_rest, is_top1
+    out[lines.ENTROPY] = 0.0 if s_log is None else s_log
+
+
+def _continue(
+    m: Tensor, y: Tensor, out: Tensor, *, entropy: bool
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Return the shift that serves a further range of columns too, and the sums so far under it."""
+    shift, s_rest, s_log = out[lines.SHIFT], out[lines.SUM], out[lines.ENTROPY]
+    # The largest so far: exp(z - k) is the more exact the smaller its argument.
+    k = torch.where(m > shift, m, shift)
+    moved = torch.where(k == shift, 0.0, shift - k)
+    factor = moved.exp()
+    if entropy:
+        # sum E log E, the target's term included if its column has been read.
+        e_y = torch.where(y < 0, (out[lines.SO_FAR_TARGET] - _finite(shift)).exp(), 0.0)
+        s_log = s_log + torch.where(moved == -torch.inf, 0.0, moved * (s_rest + e_y))
+    return k, (factor * s_rest, factor * s_log)
+
+
+def _finish(out: Tensor, *, entropy: bool) -> None:
+    """Turn what is known of whole rows into their statistics."""
+    shift, s_rest = _finite(out[lines.SHIFT]), out[lines.SUM].clone()
+    x_y = out[lines.SO_FAR_TARGET] - shift
+    e_y = x_y.exp()
     s = s_rest + e_y
     log_s = s.log()
     # The first form is exact for confident targets; its quotient overflows for hopeless ones.
@@ -176,11 +232,16 @@ def _exponentiate(
     odds = s_rest / torch.where(confident, e_y, 1.0)
     out[lines.LOGP] = torch.where(confident, -torch.log1p(odds), x_y - log_s)
     out[lines.LSE] = shift + log_s
-    out[lines.ENTROPY] = 0.0 if e_log is None else log_s - e_log / s
-    out[lines.TOP1].masked_fill_(~good | s.isnan(), 0.0)
+    out[lines.ENTROPY] = log_s - out[lines.ENTROPY] / s if entropy else 0.0
+    out[lines.TOP1].masked_fill_(s.isnan(), 0.0)
     out[lines.SHIFT] = shift
     out[lines.SUM] = s
     out[lines.REST] = s_rest / s
+
+
+def _finite(k: Tensor) -> Tensor:
+    """A shift of -inf, where nothing but -inf was seen, is one of 0."""
+    return torch.where(k == -torch.inf, 0.0, k)
 
 
 def _token_loss(
@@ -220,9 +281,11 @@ def _scale_to_gradient(
     dentropy: Tensor | None = None,
     surprise: Tensor | None = None,
 ) -> None:
-    """Turn exp(z - shift) (R, V) into d loss / d z; ``surprise`` is z - lse + entropy."""
-    at_y, good = _inside(y, E.shape[1])
-    dlogp = torch.where(good, dlogp, torch.nan)
+    """Turn exp(z - shift) (R, C) into d loss / d z; ``surprise`` is z - lse + entropy.
+
+    ``y`` counts from the first of these columns; ``dmean`` is a column's share.
+    """
+    at_y, here = _inside(y, E.shape[1])
     alpha = -dlogp if dlse is None else dlse - dlogp
     # alpha p_y + dlogp, written with 1 - p_y so that a confident target is not rounded away.
     dz_y = -alpha * out[lines.REST]
@@ -238,9 +301,9 @@ def _scale_to_gradient(
         E.mul_((alpha / out[lines.SUM])[:, None]).sub_(tilt)
     else:
         E.mul_((alpha / out[lines.SUM])[:, None])
-    E.scatter_(1, at_y, dz_y[:, None])
+    E.scatter_(1, at_y, torch.where(here[:, None], dz_y[:, None], E.gather(1, at_y)))
     if dmean is not None:
-        E.add_((dmean / E.shape[1])[:, None])
+        E.add_(dmean[:, None])
 
 
 def _inside(y: Tensor, V: int) -> tuple[Tensor, Tensor]:

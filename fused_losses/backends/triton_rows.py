@@ -31,6 +31,8 @@ def row_pass(
     entropy: bool = False,
     top1: bool = False,
     overwrite: bool = False,
+    first_column: int = 0,
+    vocabulary: int | None = None,
 ) -> None:
     """See :class:`fused_losses.backends.Backend`; needs no scratch, so ``overwrite`` is unused."""
     o = objective
@@ -52,6 +54,8 @@ def row_pass(
             z_loss=0.0 if o is None else o.z_loss,
             entropy=entropy,
             top1=top1,
+            first_column=first_column,
+            V=vocabulary or z.shape[-1],
         )
 
 
@@ -67,6 +71,8 @@ def row_gradient(
     dmean: Tensor | None = None,
     dentropy: Tensor | None = None,
     dz: Tensor,
+    first_column: int = 0,
+    vocabulary: int | None = None,
 ) -> None:
     """See :class:`fused_losses.backends.Backend`."""
     with _device_of(z):
@@ -82,6 +88,8 @@ def row_gradient(
             ignore_index=ignore_index,
             pre=maths.pre,
             cap=maths.cap,
+            first_column=first_column,
+            V=vocabulary or z.shape[-1],
         )
 
 

@@ -1,4 +1,4 @@
-"""The loop of the linear path: for each chunk of tokens, logits, row pass, gradient products.
+"""The loop over whole rows: for each chunk of tokens, logits, row pass, gradient products.
 
 Ignored tokens are dropped before the first product, so cost follows the supervised ones. Nothing of
 size tokens x vocabulary is made: a chunk's logits live in one workspace that the next one reuses.
@@ -6,32 +6,16 @@ size tokens x vocabulary is made: a chunk's logits live in one workspace that th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fused_losses.backends import RowMaths, lines, load_backend
-from fused_losses.engine.head import Head, HeadGradient
+from fused_losses.backends import lines
+from fused_losses.engine.gradients import GradientSums
+from fused_losses.engine.head_call import HeadCall, Place
 from fused_losses.engine.rows import Coefficients, new_rows
-from fused_losses.plan import Plan
-
-
-def counted_positions(y: Tensor, ignore_index: int) -> Tensor | None:
-    """Return the flat positions of the labels that count; None: take every row as it comes.
-
-    On a GPU this is the one host synchronisation of a call. While a CUDA graph is captured nothing
-    may depend on data: all rows stay, and ignored ones are zeroed.
-    """
-    if _capturing(y):
-        return None
-    positions = (y != ignore_index).nonzero()[:, 0]
-    return None if positions.numel() == y.numel() else positions
-
-
-def _capturing(t: Tensor) -> bool:
-    return t.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 class Chunk:
@@ -47,14 +31,10 @@ class Chunk:
         rows: (LINES, R) row results.
     """
 
-    def __init__(self, call: ChunkedHead, at: slice | Tensor, z: Tensor, dz: Tensor) -> None:
+    def __init__(self, call: HeadCall, at: Place, z: Tensor, dz: Tensor) -> None:
         self._call = call
         self.at = at
-        self.y = call.y[at]
-        self.x = call.x[at].to(call.head.compute_dtype)
-        if call.masked:
-            # Kept rows of ignored tokens: NaN there must not reach dW as 0 * NaN.
-            self.x = self.x.masked_fill((self.y == call.ignore_index)[:, None], 0.0)
+        self.y, self.x = call.labels_and_hidden(at)
         self.z, self.dz = z, dz
         self.scale: Tensor | None = None
         self._exponentials = False
@@ -123,117 +103,20 @@ class Chunk:
         return scale.masked_fill(self.y == self._call.ignore_index, 0.0)
 
 
-class ChunkedHead:
-    """A head over the counted tokens of one call; iterating yields its chunks one after another.
-
-    Args:
-        x: Hidden states (N, D).
-        y: Labels (N,).
-        positions: The counted ones, in the order in which chunks take them; None: all rows.
-        plan: Its ``chunks`` say how many tokens each chunk takes.
-        head: The GEMMs.
-        maths: Transform of the logits.
-        ignore_index: Label of ignored rows.
-    """
-
-    def __init__(
-        self,
-        x: Tensor,
-        y: Tensor,
-        positions: Tensor | None,
-        plan: Plan,
-        head: Head,
-        maths: RowMaths,
-        ignore_index: int,
-    ) -> None:
-        self.x, self.y, self.positions = x, y, positions
-        self.plan, self.head, self.maths = plan, head, maths
-        self.ignore_index = ignore_index
-        self.backend = load_backend(plan.backend)
-        self.masked = positions is None and _capturing(y)
-        self.rows = new_rows(y, head.logits_dtype, zero=positions is not None)
-
-    def __iter__(self) -> Iterator[Chunk]:
-        """Make the logits of one chunk after another in the same workspace."""
-        sizes = self.plan.chunks
-        if not sizes:
-            return
-        z, dz = self._workspace(max(sizes))
-        start = 0
-        for size in sizes:
-            stop = start + size
-            at = slice(start, stop) if self.positions is None else self.positions[start:stop]
-            yield Chunk(self, at, z[:size], dz[:size])
-            start = stop
-
-    def _workspace(self, rows: int) -> tuple[Tensor, Tensor]:
-        """Memory for a chunk's logits and their gradient, the same where the dtype is.
-
-        Raises:
-            RuntimeError: Out of memory, of torch's own type, naming the budget to lower.
-        """
-        separate = self.head.logits_dtype != self.head.compute_dtype and self.plan.has_gradient
-        try:
-            z = self.head.new_logits(rows)
-            dz = torch.empty_like(z, dtype=self.head.compute_dtype) if separate else z
-        except RuntimeError as error:  # torch.OutOfMemoryError is one; a CPU raises it bare
-            if "memory" not in str(error):
-                raise
-            raise type(error)(
-                f"no memory for a workspace of {self.plan.workspace_bytes} bytes; lower "
-                "workspace_bytes or FUSED_LOSSES_WORKSPACE_BYTES, now "
-                f"{self.plan.budget_bytes}: {error}"
-            ) from error
-        return z, dz
+def chunks_of(call: HeadCall) -> Iterator[Chunk]:
+    """Make the logits of one chunk after another in the same workspace."""
+    V = call.head.vocabulary
+    with call.workspace() as tile:
+        for at, size in zip(call.places(), call.plan.chunks, strict=True):
+            yield Chunk(call, at, *tile(size, V))
 
 
-class GradientSums:
-    """Gradients of hidden states, weight and bias, filled chunk by chunk.
-
-    They wait for backward in the dtype of what they belong to, except that fp16 waits in fp32 until
-    the factor 1 / count and the upstream gradient have been applied.
-    """
-
-    def __init__(self, call: ChunkedHead, needs: Sequence[bool], accum_dtype: torch.dtype) -> None:
-        need_dx, need_dw, need_db = needs
-        head = call.head
-        self._head = head
-        self._half = head.compute_dtype == torch.float16
-        self.dx = None
-        if need_dx:
-            # Ignored tokens' gradients are exactly zero.
-            make = torch.empty_like if call.positions is None else torch.zeros_like
-            self.dx = make(
-                call.x,
-                dtype=torch.float32 if self._half else call.x.dtype,
-                memory_format=torch.contiguous_format,
-            )
-        self._sums = HeadGradient(head, need_dw, need_db, accum_dtype, len(call.plan.chunks))
-
-    def add(self, chunk: Chunk) -> None:
-        """Add what ``chunk.dz`` contributes."""
-        if self.dx is not None:
-            if isinstance(chunk.at, slice) and self.dx.dtype == self._head.compute_dtype:
-                dx = self.dx[chunk.at]
-                self._head.dx(chunk.dz, dx)
-                if chunk.scale is not None:
-                    dx.mul_(chunk.scale[:, None])
-            else:
-                dtype = torch.float32 if self._half else self._head.compute_dtype
-                dx = chunk.x.new_empty(chunk.x.shape, dtype=dtype)
-                self._head.dx(chunk.dz, dx)
-                if chunk.scale is not None:
-                    dx = dx * chunk.scale[:, None]
-                self.dx[chunk.at] = dx.to(self.dx.dtype)
-        self._sums.add(chunk.dz, chunk.x, chunk.scale)
-
-    def head_gradients(
-        self, weight: Tensor, bias: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Return the gradients of weight and bias, in their dtypes (fp16: still fp32)."""
-        dw, db = self._sums.dw, self._sums.db
-        if dw is not None and not self._half:
-            dw = dw.to(weight.dtype)
-        if db is not None and bias is not None and not self._half:
-            db = db.to(bias.dtype)
-        return dw, db
+def add_chunk(sums: GradientSums, chunk: Chunk) -> None:
+    """Add what a chunk's ``scale * dz`` contributes."""
+    dx = sums.dx_of(chunk.at, chunk.x)
+    if dx is not None:
+        sums.head.dx(chunk.dz, dx)
+        if chunk.scale is not None:
+            dx.mul_(chunk.scale[:, None])
+        sums.put_dx(chunk.at, dx)
+    sums.add_head(chunk.dz, chunk.x, chunk.scale)

@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+EVERYTHING = slice(None)
+
 # Bytes of upcast vocabulary at a time, where a device has no mixed-precision product.
 _BLOCK_BYTES = 2**20
 
@@ -36,57 +38,61 @@ class Head:
         self.compute_dtype = compute_dtype
         self.logits_dtype = logits_dtype
 
-    def new_logits(self, rows: int) -> Tensor:
-        """Return memory for the logits of a chunk."""
-        return self.weight.new_empty(rows, self.weight.shape[0], dtype=self.logits_dtype)
+    @property
+    def vocabulary(self) -> int:
+        """V."""
+        return self.weight.shape[0]
 
-    def logits(self, x: Tensor, out: Tensor) -> None:
-        """Write ``x @ weight.T + bias`` to out (R, V); x is (R, D) in the compute dtype."""
-        _product(x, self.weight.t(), out)
+    def logits(self, x: Tensor, out: Tensor, columns: slice = EVERYTHING) -> None:
+        """Write ``x @ weight.T + bias`` to out (R, C); x is (R, D) in the compute dtype."""
+        _product(x, self.weight[columns].t(), out)
         if self.bias is not None:
-            out.add_(self.bias)
+            out.add_(self.bias[columns])
 
-    def dx(self, dz: Tensor, out: Tensor) -> None:
-        """Write ``dz @ weight`` to out (R, D)."""
-        _product(dz, self.weight, out)
+    def dx(
+        self, dz: Tensor, out: Tensor, columns: slice = EVERYTHING, *, accumulate: bool = False
+    ) -> None:
+        """Write ``dz @ weight`` to out (R, D), or add it; dz is (R, C)."""
+        _product(dz, self.weight[columns], out, accumulate=accumulate)
 
 
 class HeadGradient:
-    """Gradients of weight and bias, summed over the chunks of a call.
+    """Gradients of weight and bias, summed over the blocks of tokens of a call.
 
-    A single chunk needs no buffer: its product is the gradient, rounded once. Several are
+    A single block needs no buffer: its product is the gradient, rounded once. Several are
     accumulated in ``accum_dtype``: sums of 16-bit numbers would lose the rows of rare tokens.
     """
 
     def __init__(
-        self, head: Head, need_dw: bool, need_db: bool, accum_dtype: torch.dtype, chunks: int
+        self, head: Head, need_dw: bool, need_db: bool, accum_dtype: torch.dtype, blocks: int
     ) -> None:
         compute = head.compute_dtype
         wide = torch.promote_types(compute, torch.float32)
         # fp16 has no room for a gradient that still lacks the factor 1 / count.
         if compute == torch.float16:
             dtype = wide
-        elif chunks == 1:
+        elif blocks == 1:
             dtype = compute
         else:
             dtype = torch.promote_types(compute, accum_dtype)
-        make = torch.zeros_like if chunks == 0 else torch.empty_like
+        make = torch.zeros_like if blocks == 0 else torch.empty_like
         self.dw = make(head.weight, dtype=dtype) if need_dw else None
-        self.db = head.weight.new_zeros(head.weight.shape[0], dtype=wide) if need_db else None
-        self._started = False
+        self.db = head.weight.new_zeros(head.vocabulary, dtype=wide) if need_db else None
+        self._begun: set[int] = set()
 
-    def add(self, dz: Tensor, x: Tensor, scale: Tensor | None) -> None:
-        """Add a chunk: ``dw += dz.T @ x``, ``db += dz.sum(0)``, dz's rows times ``scale``."""
+    def add(self, dz: Tensor, x: Tensor, scale: Tensor | None, columns: slice) -> None:
+        """Add a block: ``dw += dz.T @ x``, ``db += dz.sum(0)``, dz's rows times ``scale``."""
         if self.dw is not None:
-            # (R, D), not (R, V): the factor goes to the smaller operand.
+            # (R, D), not (R, C): the factor goes to the smaller operand.
             scaled = x if scale is None else (x * scale[:, None]).to(x.dtype)
-            _product(dz.t(), scaled, self.dw, accumulate=self._started)
+            begun = columns.start in self._begun
+            _product(dz.t(), scaled, self.dw[columns], accumulate=begun)
         if self.db is not None:
             if scale is None:
-                self.db += dz.sum(0, dtype=self.db.dtype)
+                self.db[columns] += dz.sum(0, dtype=self.db.dtype)
             else:
-                self.db += torch.mv(dz.t().to(self.db.dtype), scale.to(self.db.dtype))
-        self._started = True
+                self.db[columns] += torch.mv(dz.t().to(self.db.dtype), scale.to(self.db.dtype))
+        self._begun.add(columns.start)
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool = False) -> None:

@@ -1,7 +1,7 @@
 """Per-token results from hidden states, for any use of them by autograd, as operators.
 
-The upstream gradient is known only in backward, which scales gradients that forward kept (head
-frozen) or makes the chunks again (head trained).
+The upstream gradient is known only in backward, which scales the gradients of the log-probs that
+forward kept (head frozen) or makes the logits again (head trained).
 """
 
 from __future__ import annotations
@@ -11,19 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_losses.engine.chunks import Chunk
-from fused_losses.engine.linear_call import (
-    deferred,
-    open_call,
-    or_empty,
-    run_row_pass,
-    sum_gradients,
-)
+from fused_losses.engine.handover import hand_over
+from fused_losses.engine.linear_call import deferred, linear_shape, open_call, or_empty
 from fused_losses.engine.once import refuse_second_derivative
 from fused_losses.engine.registry import unpack
 from fused_losses.engine.rows import coefficients, lines, new_rows
-
-_MLE = "mle"
+from fused_losses.engine.tiles import blocks_of, hidden_gradient, recompute
+from fused_losses.plan import Route
 
 
 @torch.library.custom_op("fused_losses::linear_rows", mutates_args=())
@@ -46,42 +40,27 @@ def linear_rows(
     needs: list[bool],
     keep_dx: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the per-token loss (N,), rows (LINES, N) and, if kept, d loss / d x (N, D).
+    """Return the per-token loss (N,), rows (LINES, N) and, if kept, -d logp / d x (N, D).
 
     With ``loss=""`` the rows (logp, lse, entropy) are differentiable and the loss is 0; else the
-    loss is. ``keep_dx`` keeps the gradient of the loss, of -logp without one, for a frozen head.
+    loss is. ``keep_dx`` says that the head is frozen and backward will scale what is kept.
     """
     dtypes = (compute_dtype, logits_dtype, accum_dtype)
-    key = loss or (_MLE if keep_dx else "")
-    _, objective = unpack(key, options)
-    call = open_call(
-        x, w, bias, y, options, ignore_index, dtypes, budget, backend,
-        route="frozen" if keep_dx else "forward",
-        needs=[keep_dx, False, False],
-        entropy=entropy,
-        label_smoothing=0.0 if objective is None else objective.label_smoothing,
-    )  # fmt: skip
-    ones = torch.ones((), dtype=call.rows.dtype, device=y.device).expand(y.shape)
-
-    def row_pass(chunk: Chunk) -> None:
-        run_row_pass(
-            chunk,
-            objective,
-            ones if keep_dx else None,
-            ref=ref,
-            value=value,
-            entropy=entropy,
-            top1=entropy or not loss,
-        )
-
-    dx = None
+    maths, objective = unpack(loss, options)
+    shape = linear_shape(w, maths, dtypes, backend, [keep_dx, False, False], entropy=entropy)
+    route: Route = "frozen" if keep_dx else "forward"
+    call = open_call(x, w, bias, y, maths, ignore_index, dtypes, budget, shape, [route])
+    kept = call.rows.new_empty(0)
+    if keep_dx:
+        # Dropped rows are multiplied by 0: they must not be NaN.
+        make = torch.empty if call.positions is None else torch.zeros
+        kept = make(x.shape, dtype=call.rows.dtype, device=x.device)
     with torch.autocast(x.device.type, enabled=False):
-        if keep_dx:
-            dx = sum_gradients(call, [True, False, False], accum_dtype, row_pass).dx
-        else:
-            for chunk in call:
-                row_pass(chunk)
-    return call.rows[lines.LOSS].clone(), call.rows, or_empty(dx, call.rows)
+        row_options = dict(objective=objective, ref=ref, value=value, entropy=entropy)
+        for block in blocks_of(call, keep=keep_dx, top1=entropy or not loss, **row_options):
+            if block.kept is not None:
+                kept[block.at] = block.kept
+    return call.rows[lines.LOSS].clone(), call.rows, kept
 
 
 @linear_rows.register_fake
@@ -89,9 +68,7 @@ def _(x, w, bias, y, ref, value, loss, options, ignore_index, entropy, compute_d
 accum_dtype,
       budget, backend, needs, keep_dx):  # fmt: skip
     rows = new_rows(y, logits_dtype)
-    waiting = torch.float32 if deferred(compute_dtype) else None
-    dx = torch.empty_like(x, dtype=waiting, memory_format=torch.contiguous_format)
-    return rows.new_empty(y.shape), rows, dx if keep_dx else rows.new_empty(0)
+    return rows.new_empty(y.shape), rows, rows.new_empty(x.shape if keep_dx else (0,))
 
 
 @torch.library.custom_op("fused_losses::linear_rows_gradient", mutates_args=())
@@ -119,25 +96,24 @@ def linear_rows_gradient(
     """Return dx, dw, db and dvalue, each empty if it is not needed."""
     dtypes = (compute_dtype, logits_dtype, accum_dtype)
     c, per_row = coefficients(y, rows, dloss, drows, loss, options, ignore_index, entropy)
+    maths, _ = unpack("", options)
     dvalue = None if value is None else per_row.to(value.dtype)
     dx = dw = db = None
     with torch.autocast(x.device.type, enabled=False):
         if needs[0] and kept_dx.numel():
-            dx = _scaled_dx(x, w, y, rows, kept_dx, dloss, drows, options, ignore_index)
+            counted = c.map(lambda t: torch.where(y == ignore_index, 0.0, t))
+            dx = hidden_gradient(kept_dx, y, rows, counted, w, maths).to(x.dtype)
         elif any(needs):
+            shape = linear_shape(
+                w, maths, dtypes, backend, needs, entropy=entropy, entropy_gradient=entropy
+            )
             call = open_call(
-                x, w, bias, y, options, ignore_index, dtypes, budget, backend,
-                route="recompute", needs=needs, entropy=entropy,
-            )  # fmt: skip
+                x, w, bias, y, maths, ignore_index, dtypes, budget, shape, ["recompute"]
+            )
             # Upstream gradients hold 1 / count: bring them near 1 while dz is fp16.
             size = c.largest() if deferred(compute_dtype) else None
             near_one = c if size is None else c.map(lambda t: t / size)
-
-            def row_gradient(chunk: Chunk) -> None:
-                chunk.rows = rows[:, chunk.at].contiguous()
-                chunk.differentiate(near_one.map(lambda t: t[chunk.at]))
-
-            sums = sum_gradients(call, needs, accum_dtype, row_gradient)
+            sums = recompute(call, rows, near_one, needs, accum_dtype)
             found = (sums.dx, *sums.head_gradients(w, bias))
             dx, dw, db = (
                 t if t is None or size is None else (t * size).to(own.dtype)
@@ -145,38 +121,6 @@ def linear_rows_gradient(
             )
     dx, dw, db, dvalue = (or_empty(t, rows) for t in (dx, dw, db, dvalue))
     return dx, dw, db, dvalue
-
-
-def _scaled_dx(
-    x: Tensor,
-    w: Tensor,
-    y: Tensor,
-    rows: Tensor,
-    kept: Tensor,
-    dloss: Tensor | None,
-    drows: Tensor | None,
-    options: list[float],
-    ignore_index: int,
-) -> Tensor:
-    """Scale the kept rows: of d loss / d x, or of -d logp / d x and with it d lse / d x."""
-    counted = y != ignore_index
-    if dloss is not None:
-        return (kept * torch.where(counted, dloss, 0.0)[:, None]).to(x.dtype)
-    if drows is None:
-        return torch.zeros_like(x)
-    maths, _ = unpack("", options)
-    dlogp, dlse = (torch.where(counted, drows[line], 0.0) for line in (lines.LOGP, lines.LSE))
-    # logp = z_y - lse, so d lse / d x is the target's row of the head, transformed, minus d logp /
-    # d x.
-    slope = torch.full_like(dlse, maths.pre)
-    if maths.cap is not None:
-        tanh = (rows[lines.LOGP] + rows[lines.LSE]) / maths.cap
-        slope = maths.pre * maths.cap * (1.0 - tanh * tanh)
-    good = counted & (y >= 0) & (y < w.shape[0])
-    w_y = w[torch.where(good, y, 0)]
-    return (
-        kept * (dlse - dlogp)[:, None] + w_y * torch.where(good, dlse * slope, 0.0)[:, None]
-    ).to(x.dtype)
 
 
 @linear_rows_gradient.register_fake
@@ -204,9 +148,11 @@ def _backward_rows(
     none = (None,) * 17
     if dloss is None and drows is None:
         return none
-    found = linear_rows_gradient(*ctx.saved_tensors, dloss, drows, *ctx.static, ctx.needs)
+    saved = ctx.saved_tensors  # once: checkpointing objects to more
+    found = linear_rows_gradient(*saved, dloss, drows, *ctx.static, ctx.needs)
     wanted = [*ctx.needs, ctx.needs_input_grad[5]]
     dx, dw, db, dvalue = (t if want else None for t, want in zip(found, wanted, strict=True))
+    dw = hand_over(saved[1], dw)
     return (dx, dw, db, None, None, dvalue, *none[6:])
 
 

@@ -1,7 +1,7 @@
 """A weighted sum of token losses from hidden states, its gradients included, as an operator.
 
-A token's weight is known as soon as its row is, so each chunk's logits are made once, used for loss
-and gradients, and forgotten.
+A token's weight is known as soon as its row is, so gradients are formed in forward, by whichever
+route is the cheapest.
 """
 
 from __future__ import annotations
@@ -11,18 +11,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_losses.engine.chunks import Chunk
+from fused_losses.backends import Objective
+from fused_losses.engine.chunks import add_chunk, chunks_of
+from fused_losses.engine.gradients import GradientSums
+from fused_losses.engine.handover import hand_over, scale_saved
+from fused_losses.engine.head_call import HeadCall
 from fused_losses.engine.linear_call import (
     deferred,
+    linear_shape,
     open_call,
     or_empty,
-    run_row_pass,
-    sum_gradients,
+    token_coefficients,
 )
-from fused_losses.engine.once import graph_is_kept, once_differentiable
+from fused_losses.engine.once import once_differentiable
 from fused_losses.engine.registry import unpack
 from fused_losses.engine.rows import lines, new_rows
-from fused_losses.plan import Route
+from fused_losses.engine.tiles import blocks_of, hidden_gradient, recompute
+from fused_losses.plan import LinearShape, routes_for
 
 
 @torch.library.custom_op("fused_losses::linear_loss_sum", mutates_args=())
@@ -52,37 +57,21 @@ def linear_loss_sum(
     make. Only the sum is differentiable.
     """
     dtypes = (compute_dtype, logits_dtype, accum_dtype)
-    _, objective = unpack(loss, options)
-    route: Route = "token" if any(needs) else "forward"
-    call = open_call(
-        x, w, bias, y, options, ignore_index, dtypes, budget, backend,
-        route=route, needs=needs, entropy=entropy,
-        label_smoothing=0.0 if objective is None else objective.label_smoothing,
-    )  # fmt: skip
+    maths, objective = unpack(loss, options)
+    smoothing = 0.0 if objective is None else objective.label_smoothing
+    shape = linear_shape(
+        w, maths, dtypes, backend, needs, label_smoothing=smoothing, entropy=entropy
+    )
+    routes = routes_for(shape, known=True)
+    call = open_call(x, w, bias, y, maths, ignore_index, dtypes, budget, shape, routes)
     dtype = call.rows.dtype
     weight = _row_weight(token_weight, factor, y, dtype)
     wait = deferred(compute_dtype)
     in_row = _row_weight(token_weight, torch.ones_like(factor), y, dtype) if wait else weight
-
-    def row_pass(chunk: Chunk) -> None:
-        run_row_pass(
-            chunk,
-            objective,
-            in_row if any(needs) else None,
-            ref=ref,
-            value=value,
-            entropy=entropy,
-            top1=entropy,
-        )
-
+    row_options = dict(objective=objective, ref=ref, value=value, entropy=entropy, top1=entropy)
     with torch.autocast(x.device.type, enabled=False):
-        if any(needs):
-            sums = sum_gradients(call, needs, accum_dtype, row_pass)
-            dx, (dw, db) = sums.dx, sums.head_gradients(w, bias)
-        else:
-            dx = dw = db = None
-            for chunk in call:
-                row_pass(chunk)
+        sums = _run(call, shape, objective, in_row, needs, accum_dtype, row_options)
+    dx, dw, db = (None,) * 3 if sums is None else (sums.dx, *sums.head_gradients(w, bias))
     rows = call.rows
     total = (weight * rows[lines.LOSS]).sum()
     dvalue = None
@@ -91,6 +80,42 @@ def linear_loss_sum(
         dvalue = torch.where(y == ignore_index, 0.0, in_row * dvalue).to(value.dtype)
     dx, dw, db, dvalue = (or_empty(t, rows) for t in (dx, dw, db, dvalue))
     return total, rows, dx, dw, db, dvalue
+
+
+def _run(
+    call: HeadCall,
+    shape: LinearShape,
+    objective: Objective | None,
+    weight: Tensor,
+    needs: list[bool],
+    accum_dtype: torch.dtype,
+    row_options: dict[str, Any],
+) -> GradientSums | None:
+    """Fill ``call.rows`` and return the gradients, by the route of the plan."""
+    route = call.plan.route
+    if route == "forward" or objective is None:
+        for _ in blocks_of(call, **row_options):
+            pass
+        return None
+    if route == "recompute":
+        for _ in blocks_of(call, **row_options):
+            pass
+        c = token_coefficients(objective, weight, call.rows)
+        return recompute(call, call.rows, c, needs, accum_dtype)
+    sums = GradientSums(call, needs, accum_dtype)
+    if route == "frozen":
+        for block in blocks_of(call, keep=True, **row_options):
+            if sums.dx is not None and block.kept is not None:
+                c = token_coefficients(objective, weight[block.at], block.rows)
+                head = call.head.weight
+                dx = hidden_gradient(block.kept, block.y, block.rows, c, head, call.maths)
+                sums.dx[block.at] = dx.to(sums.dx.dtype)
+        return sums
+    for chunk in chunks_of(call):
+        chunk.row_pass(exponentials=shape.exponentials, **row_options)
+        chunk.differentiate(token_coefficients(objective, weight[chunk.at], chunk.rows))
+        add_chunk(sums, chunk)
+    return sums
 
 
 def _row_weight(
@@ -143,20 +168,12 @@ def _backward_sum(ctx: Any, dtotal: Tensor | None, *_: Any) -> tuple[Any, ...]:
     none = (None,) * 18
     if dtotal is None:
         return none
-    own = (x, w, bias, value)
     wanted = [*ctx.needs, ctx.needs_input_grad[5]]
+    saved = [t if want else None for t, want in zip(gradients, wanted, strict=True)]
     with torch.no_grad():
         scale = dtotal * factor if ctx.deferred else dtotal
-        # In place where nobody can ask again: the gradient of a head is too large to hold twice.
-        in_place = type(gradients[0]) is Tensor and not graph_is_kept()
-        scaled: list[Tensor | None] = []
-        for t, gradient, want in zip(own, gradients, wanted, strict=True):
-            if not want or t is None:
-                scaled.append(None)
-            elif in_place and gradient.dtype == t.dtype:
-                scaled.append(gradient.mul_(scale))
-            else:
-                scaled.append((gradient * scale).to(t.dtype))
+    scaled = scale_saved(saved, [x, w, bias, value], scale)
+    scaled[1] = hand_over(w, scaled[1])
     dx, dw, db, dvalue = once_differentiable(scaled, [dtotal, x, w, bias, value])
     return (dx, dw, db, None, None, dvalue, *none[6:])
 

@@ -34,6 +34,10 @@ class Coefficients:
     dmean: Tensor | None = None
     dentropy: Tensor | None = None
 
+    def at(self, place: slice | Tensor) -> Coefficients:
+        """Take those of some rows."""
+        return self.map(lambda t: t[place])
+
     def map(self, fn: Callable[[Tensor], Tensor]) -> Coefficients:
         """Apply a function to those that are there."""
         optional = (self.dlse, self.dmean, self.dentropy)

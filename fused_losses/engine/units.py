@@ -16,10 +16,13 @@ import torch
 from torch import Tensor
 
 from fused_losses.backends import RowMaths, lines
-from fused_losses.engine.chunks import Chunk, ChunkedHead, GradientSums
+from fused_losses.engine.chunks import Chunk, add_chunk, chunks_of
+from fused_losses.engine.gradients import GradientSums
+from fused_losses.engine.handover import hand_over, scale_saved
 from fused_losses.engine.head import Head
-from fused_losses.engine.linear_call import Dtypes, exponentials_serve
-from fused_losses.engine.once import graph_is_kept, once_differentiable
+from fused_losses.engine.head_call import HeadCall
+from fused_losses.engine.linear_call import Dtypes
+from fused_losses.engine.once import once_differentiable
 from fused_losses.engine.rows import Coefficients
 from fused_losses.plan import Plan
 from fused_losses.stats import TokenStats
@@ -119,54 +122,36 @@ class _UnitSum(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         compute_dtype, logits_dtype, accum_dtype = call.dtypes
         head = Head(w, bias, compute_dtype, logits_dtype)
-        chunked = ChunkedHead(
+        over = HeadCall(
             x, call.y, call.layout.positions, call.plan, head, call.maths, call.ignore_index
         )
-        sums = GradientSums(chunked, needs, accum_dtype) if any(needs) else None
-        total = chunked.rows.new_zeros(())
+        sums = GradientSums(over, needs, accum_dtype)
+        total = over.rows.new_zeros(())
+        exponentials = "row pass with exponentials" in call.plan.kernels
         with torch.autocast(x.device.type, enabled=False):
-            for chunk, units in zip(chunked, call.unit_chunks(), strict=True):
-                serve = exponentials_serve(compute_dtype, entropy_gradient=call.entropy)
-                chunk.row_pass(
-                    exponentials=serve and sums is not None,
-                    entropy=call.entropy,
-                    top1=True,
-                    overwrite=sums is None,
-                )
+            for chunk, units in zip(chunks_of(over), call.unit_chunks(), strict=True):
+                chunk.row_pass(exponentials=exponentials, entropy=call.entropy, top1=True)
                 total += _chunk_loss(chunk, units, call, sums)
-        gradients = (None, None, None) if sums is None else (sums.dx, *sums.head_gradients(w, bias))
-        ctx.save_for_backward(x, w, bias, *gradients)
-        ctx.mark_non_differentiable(chunked.rows)
+        ctx.save_for_backward(x, w, bias, sums.dx, *sums.head_gradients(w, bias))
+        ctx.mark_non_differentiable(over.rows)
         ctx.set_materialize_grads(False)
-        return total, chunked.rows
+        return total, over.rows
 
     @staticmethod
     def backward(ctx: Any, dtotal: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
         x, w, bias, *gradients = ctx.saved_tensors
         if dtotal is None:
             return (None,) * 5
-        in_place = not graph_is_kept()
-        with torch.no_grad():
-            scaled = [
-                None
-                if gradient is None
-                else gradient.mul_(dtotal)
-                if in_place and gradient.dtype == own.dtype
-                else (gradient * dtotal).to(own.dtype)
-                for own, gradient in zip((x, w, bias), gradients, strict=True)
-            ]
+        scaled = scale_saved(gradients, [x, w, bias], dtotal)
+        scaled[1] = hand_over(w, scaled[1])
         return (*once_differentiable(scaled, [dtotal, x, w, bias]), None, None)
 
 
-def _chunk_loss(
-    chunk: Chunk, units: UnitChunk, call: UnitCall, sums: GradientSums | None
-) -> Tensor:
-    """Call the loss function on a chunk; with ``sums``, also add the chunk's gradients."""
-    wanted = sums is not None
-    loss, c = call_loss(call.loss_fn, chunk.rows, units, entropy=call.entropy, gradient=wanted)
-    if sums is not None:
-        chunk.differentiate(c)
-        sums.add(chunk)
+def _chunk_loss(chunk: Chunk, units: UnitChunk, call: UnitCall, sums: GradientSums) -> Tensor:
+    """Call the loss function on a chunk, and add the chunk's gradients."""
+    loss, c = call_loss(call.loss_fn, chunk.rows, units, entropy=call.entropy, gradient=True)
+    chunk.differentiate(c)
+    add_chunk(sums, chunk)
     return loss
 
 

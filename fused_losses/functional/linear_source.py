@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fused_losses.backends import Objective, resolve_backend
-from fused_losses.engine.linear_call import exponentials_serve, linear_shape
+from fused_losses.engine.linear_call import linear_shape
 from fused_losses.engine.linear_rows import linear_rows
 from fused_losses.engine.linear_sum import linear_loss_sum
 from fused_losses.engine.registry import pack
@@ -18,7 +18,13 @@ from fused_losses.functional.observe import report_plan
 from fused_losses.functional.options import Options
 from fused_losses.functional.sources import refuse_unserved, wants_gradient
 from fused_losses.functional.tokens import Tokens, check_device, check_float
-from fused_losses.plan import LinearShape, choose_route, plan_linear, workspace_budget
+from fused_losses.plan import (
+    LinearShape,
+    check_budget,
+    plan_linear,
+    routes_for,
+    workspace_budget,
+)
 
 
 @dataclass(frozen=True)
@@ -102,19 +108,14 @@ class LinearSource:
             (self.compute_dtype, self.logits_dtype, self.accum_dtype),
             self.backend,
             self.needs,
+            label_smoothing=self.options.label_smoothing,
             entropy=entropy,
-            exponentials=exponentials_serve(
-                self.compute_dtype,
-                label_smoothing=self.options.label_smoothing,
-                entropy_gradient=entropy_gradient,
-            ),
+            entropy_gradient=entropy_gradient,
         )
 
-    def _explain(self, tokens: Tokens, *, reduced: bool, entropy: bool) -> None:
-        shape = self.shape(entropy=entropy)
-        # Whether an entropy will be differentiated is not known before backward: assume it.
-        route = choose_route(shape, reduced=reduced, entropy_gradient=entropy)
-        report_plan(lambda: plan_linear(route, int(tokens.counted.sum()), shape, self.budget))
+    def _explain(self, tokens: Tokens, shape: LinearShape, *, known: bool) -> None:
+        routes = routes_for(shape, known=known)
+        report_plan(lambda: plan_linear(routes, int(tokens.counted.sum()), shape, self.budget))
 
     def token_loss(
         self, tokens: Tokens, o: Objective, ref: Tensor | None, value: Tensor | None, entropy: bool
@@ -133,7 +134,7 @@ class LinearSource:
         entropy: bool,
     ) -> tuple[Tensor, Tensor]:
         """See :class:`Source`."""
-        self._explain(tokens, reduced=True, entropy=False)
+        self._explain(tokens, self.shape(entropy=entropy), known=True)
         key, constants = pack(self.options.maths, o)
         total, rows, *_ = linear_loss_sum(
             self.x,
@@ -172,12 +173,12 @@ class LinearSource:
         *,
         entropy_gradient: bool,
     ) -> tuple[Tensor, Tensor]:
-        self._explain(tokens, reduced=False, entropy=entropy_gradient)
+        # Whether an entropy will be differentiated is not known before backward: assume it.
+        shape = self.shape(entropy=entropy, entropy_gradient=entropy_gradient)
+        self._explain(tokens, shape, known=False)
         key, constants = pack(self.options.maths, o)
-        shape = self.shape(entropy=entropy)
-        route = choose_route(shape, reduced=False, entropy_gradient=entropy_gradient)
-        if route == "recompute":
-            plan_linear(route, 0, shape, self.budget)  # backward must not be the first to object
+        (route,) = routes_for(shape, known=False)
+        check_budget([route], shape, self.budget)  # backward must not be the first to object
         loss, rows, _ = linear_rows(
             self.x,
             self.weight,

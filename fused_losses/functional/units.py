@@ -8,13 +8,7 @@ from fused_losses.engine.units import UnitCall, UnitLayout, UnitLoss, loss_of_ro
 from fused_losses.functional.linear_source import LinearSource
 from fused_losses.functional.observe import report_plan
 from fused_losses.functional.tokens import Tokens
-from fused_losses.plan import Plan, plan_units
-
-
-def plan_of_units(source: LinearSource, layout: UnitLayout, *, entropy: bool) -> Plan | None:
-    """Plan chunks of whole units; None if a unit does not fit the workspace."""
-    shape = source.shape(entropy=entropy, entropy_gradient=entropy)
-    return plan_units(layout.sizes, shape, source.budget)
+from fused_losses.plan import plan_units
 
 
 def sum_over_units(
@@ -27,11 +21,14 @@ def sum_over_units(
 ) -> tuple[Tensor, Tensor]:
     """Return the sum of ``loss_fn`` over all units with a counted token, and rows (LINES, N).
 
-    ``unit_of`` is (N,), in the order of the rows. If a unit does not fit the workspace the rows are
-    recomputed in backward instead, and the loss function is called once on all of them.
+    ``unit_of`` is (N,), in the order of the rows. With a frozen head, and where recomputing the
+    rows in backward is cheaper or the only way, the loss function is called once on all of them.
     """
     layout = UnitLayout.of(tokens.y, unit_of, tokens.ignore_index)
-    plan = plan_of_units(source, layout, entropy=entropy)
+    shape = source.shape(entropy=entropy, entropy_gradient=entropy)
+    # With a frozen head, or without gradients, whole units need not be in one chunk.
+    trained = shape.need_gradient and not shape.head_is_frozen
+    plan = plan_units(layout.sizes, shape, source.budget) if trained else None
     if plan is not None:
         report_plan(lambda: plan)
         call = UnitCall(

@@ -37,7 +37,9 @@ def _row_gradient_kernel(
     dentropy_ptr,  # (N,) or None
     N,
     T,
-    V,
+    C,  # columns of z
+    V,  # columns of the whole vocabulary
+    first_column,
     stride_zb,
     stride_zt,
     stride_zv,
@@ -54,7 +56,7 @@ def _row_gradient_kernel(
     y = tl.load(y_ptr + n).to(tl.int64)
     dz_ptr += row_offset(n, T, stride_db, stride_dt)
     if y == ignore_index:
-        write_zeros(dz_ptr, V, BLOCK_V)
+        write_zeros(dz_ptr, C, BLOCK_V)
     else:
         rows_ptr += n
         step = tl.full((), N, tl.int64)
@@ -72,8 +74,8 @@ def _row_gradient_kernel(
         write_gradient(
             z_ptr + row_offset(n, T, stride_zb, stride_zt),
             dz_ptr,
-            y,
-            V,
+            y - first_column,
+            C,
             stride_zv,
             tl.full((), pre, ACC),
             tl.full((), cap, ACC),
@@ -105,12 +107,17 @@ def row_gradient(
     ignore_index: int,
     pre: float,
     cap: float | None,
+    first_column: int,
+    V: int,
 ) -> None:
-    """Fill ``dz``, of z's shape with contiguous rows; it may be z itself."""
+    """Fill ``dz``, of z's shape with contiguous rows; it may be z itself.
+
+    z may hold the columns from ``first_column`` on of V.
+    """
     N = y.numel()
     if N == 0:
         return
-    V = z.shape[-1]
+    C = z.shape[-1]
     T, stride_zb, stride_zt, stride_zv = strides(z)
     _, stride_db, stride_dt, _ = strides(dz)
     _row_gradient_kernel[(N,)](
@@ -124,7 +131,9 @@ def row_gradient(
         dentropy,
         N,
         T,
+        C,
         V,
+        first_column,
         stride_zb,
         stride_zt,
         stride_zv,
@@ -135,5 +144,5 @@ def row_gradient(
         cap or 0.0,
         ACC=accumulator(rows),
         SOFTCAP=cap is not None,
-        **row_launch(V),
+        **row_launch(C),
     )

@@ -11,11 +11,14 @@ maximum: fp32 and bf16 have room above. A row whose later block exceeds k by mor
 scaled down by a power of two, which is exact, and goes on. From logp the program evaluates the
 token loss it was given, a device function ``r -> (phi, weight)``; it knows no loss by name.
 
-On request it also writes E, one write per element, over the logits or elsewhere, with the entry of
-the target replaced by -s_rest. Then (g / s) E is the gradient of any loss with d loss / d logp =
--g, before g is known: p - 1_y up to the factor, exact for confident targets. With a softcap E is
-multiplied by the derivative of tanh. No atomics, no host synchronisation; equal logits give equal
-bits at any stride.
+A launch may hold a range of the vocabulary's columns: what is known so far then waits in ``rows``
+(see ``lines``) for the next range, and the last one makes the results.
+
+On request a launch also writes E, one write per element, over the logits or elsewhere. With whole
+rows the entry of the target is -s_rest: then (g / s) E is the gradient of any loss with d loss / d
+logp = -g, before g is known: p - 1_y up to the factor, exact for confident targets. With a range of
+columns it is 0, for s_rest is not known yet. With a softcap E is multiplied by the derivative of
+tanh. No atomics, no host synchronisation; equal logits give equal bits at any stride.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fused_losses_kernels import lines
-from fused_losses_kernels.elementary import log1p, tanh
+from fused_losses_kernels.elementary import tanh
 from fused_losses_kernels.launch import row_launch
 from fused_losses_kernels.row_common import (
     accumulator,
@@ -36,14 +39,16 @@ from fused_losses_kernels.row_common import (
     transformed,
     write_zeros,
 )
+from fused_losses_kernels.row_results import write_results
 
 # Triton reads globals only as constexpr.
 _LINES = tl.constexpr(lines.LINES)
-_LOSS, _LOGP, _LSE, _ENTROPY = (
-    tl.constexpr(line) for line in (lines.LOSS, lines.LOGP, lines.LSE, lines.ENTROPY)
+_ENTROPY, _TOP1, _SHIFT, _SUM = (
+    tl.constexpr(line) for line in (lines.ENTROPY, lines.TOP1, lines.SHIFT, lines.SUM)
 )
-_TOP1, _DLOGP, _DLSE = (tl.constexpr(line) for line in (lines.TOP1, lines.DLOGP, lines.DLSE))
-_SHIFT, _SUM, _REST = (tl.constexpr(line) for line in (lines.SHIFT, lines.SUM, lines.REST))
+_TARGET, _LARGEST, _TOTAL = (
+    tl.constexpr(line) for line in (lines.SO_FAR_TARGET, lines.SO_FAR_LARGEST, lines.SO_FAR_TOTAL)
+)
 # e**30 times a vocabulary of 2**20 is far inside the range of fp32 and of bf16.
 _ROOM = tl.constexpr(30.0)
 _LOG2E = tl.constexpr(1.4426950408889634)
@@ -71,7 +76,9 @@ def _row_pass_kernel(
     e_ptr,  # (N, V) out, rows contiguous; may be z; or None
     N,
     T,
-    V,
+    C,  # columns of z
+    V,  # columns of all ranges together
+    first_column,
     stride_zb,
     stride_zt,
     stride_zv,
@@ -84,6 +91,8 @@ def _row_pass_kernel(
     smoothing: tl.float64,
     z_loss: tl.float64,
     PHI: tl.constexpr,  # device function r -> (phi, weight), or None: statistics only
+    FIRST: tl.constexpr,  # z holds the first columns of the vocabulary
+    LAST: tl.constexpr,  # z holds the last ones
     ACC: tl.constexpr,
     SOFTCAP: tl.constexpr,
     CONTINUED: tl.constexpr,
@@ -107,12 +116,13 @@ def _row_pass_kernel(
         for line in tl.static_range(_LINES):
             tl.store(rows_ptr + line * step, 0.0)
         if e_ptr is not None:
-            write_zeros(e_ptr, V, BLOCK_V)
+            write_zeros(e_ptr, C, BLOCK_V)
     else:
         z_ptr += row_offset(n, T, stride_zb, stride_zt)
-        # A bad label never reads outside its row, and its row is NaN.
-        good = (y >= 0) & (y < V)
-        z_y = tl.load(z_ptr + y * stride_zv, mask=good, other=float("nan")).to(ACC) * pre
+        # A bad label never reads outside its row, and its row is NaN: no range holds its logit.
+        y_here = y - first_column
+        here = (y_here >= 0) & (y_here < C)
+        z_y = tl.load(z_ptr + y_here * stride_zv, mask=here, other=float("nan")).to(ACC) * pre
         if SOFTCAP:
             z_y = cap * tanh(z_y)
 
@@ -120,12 +130,24 @@ def _row_pass_kernel(
         s_rest = tl.zeros((), ACC)
         s_log = tl.zeros((), ACC)  # sum of E log E, target included
         total = tl.zeros((), ACC)
-        beaten = tl.zeros((), tl.int32)
-        for start in range(0, V, BLOCK_V):
+        largest = tl.full((), float("-inf"), ACC)
+        top1 = tl.zeros((), ACC)
+        if not FIRST:
+            z_y = tl.where(here, z_y, tl.load(rows_ptr + _TARGET * step))
+            k = tl.load(rows_ptr + _SHIFT * step)
+            s_rest = tl.load(rows_ptr + _SUM * step)
+            s_log = tl.load(rows_ptr + _ENTROPY * step)
+            total = tl.load(rows_ptr + _TOTAL * step)
+            largest = tl.load(rows_ptr + _LARGEST * step)
+            top1 = tl.load(rows_ptr + _TOP1 * step)
+        for start in range(0, C, BLOCK_V):
             cols = start + tl.arange(0, BLOCK_V).to(tl.int64)
-            x = transformed(z_ptr, cols, stride_zv, V, pre, cap, ACC, SOFTCAP)
+            x = transformed(z_ptr, cols, stride_zv, C, pre, cap, ACC, SOFTCAP)
             m = tl.max(x, axis=0)
-            if start == 0:
+            is_first = False
+            if FIRST:
+                is_first = start == 0
+            if is_first:
                 k = tl.maximum(k, m)
             elif m > k + _ROOM:
                 # The first finite block, if all before it was -inf; else a power of two.
@@ -133,7 +155,8 @@ def _row_pass_kernel(
                 steps = tl.where(first, 0.0, tl.ceil((m - k) * _LOG2E))
                 factor = tl.exp2(-steps)
                 if ENTROPY_WANTED:
-                    e_y = tl.where(y < start, tl.exp(z_y - tl.where(first, 0.0, k)), 0.0)
+                    seen = (y >= 0) & (y_here < start)
+                    e_y = tl.where(seen, tl.exp(z_y - tl.where(first, 0.0, k)), 0.0)
                     s_log = factor * (s_log - (s_rest + e_y) * (steps * _LN2))
                 s_rest *= factor
                 if e_ptr is not None:
@@ -142,79 +165,62 @@ def _row_pass_kernel(
             shift = tl.where(k == float("-inf"), 0.0, k)
             e = tl.exp(x - shift)
             # NaN reaches the result through this sum; tl.max drops it.
-            s_rest += tl.sum(tl.where(cols == y, 0.0, e), axis=0)
+            s_rest += tl.sum(tl.where(cols == y_here, 0.0, e), axis=0)
             if ENTROPY_WANTED:
                 s_log += tl.sum(tl.where(e > 0.0, e * (x - shift), 0.0), axis=0)
             if SMOOTHED:
-                total += tl.sum(tl.where(cols < V, x, 0.0), axis=0)
+                total += tl.sum(tl.where(cols < C, x, 0.0), axis=0)
             if TOP1_WANTED:
-                above = (x > z_y) | ((x == z_y) & (cols < y))
-                beaten = tl.maximum(beaten, tl.max(above.to(tl.int32), axis=0))
+                # The first maximum of the row so far, and whether it is the target.
+                at = tl.min(tl.where(x == m, cols, C), axis=0)
+                top1 = tl.where(m > largest, (at == y_here).to(ACC), top1)
+                largest = tl.maximum(largest, m)
             if e_ptr is not None:
                 if SOFTCAP:
                     e *= 1.0 - (x / cap) * (x / cap)
                 # The target's entry too, overwritten at the end: a mask of single columns would
                 # make every store one element wide.
-                tl.store(e_ptr + cols, e.to(e_ptr.dtype.element_ty), mask=cols < V)
+                tl.store(e_ptr + cols, e.to(e_ptr.dtype.element_ty), mask=cols < C)
 
-        shift = tl.where(k == float("-inf"), 0.0, k)
-        e_y = tl.exp(z_y - shift)
-        # exp(inf - k) is infinite, not NaN, if the +inf came after the first block.
-        s_rest = tl.where(s_rest == float("inf"), float("nan"), s_rest)
-        s = s_rest + e_y
-        log_s = tl.log(s)
-        # The first form is exact for confident targets; its quotient overflows for hopeless ones.
-        confident = e_y * 1024.0 > s_rest
-        odds = s_rest / tl.where(confident, e_y, 1.0)
-        logp = tl.where(confident, -log1p(odds), (z_y - shift) - log_s)
-        lse = shift + log_s
-        entropy = tl.zeros((), ACC)
-        if ENTROPY_WANTED:
-            entropy = log_s - s_log / s
-        tl.store(rows_ptr + _LOGP * step, logp)
-        tl.store(rows_ptr + _LSE * step, lse)
-        tl.store(rows_ptr + _ENTROPY * step, entropy)
-        tl.store(rows_ptr + _TOP1 * step, (TOP1_WANTED & (beaten == 0) & (logp == logp)).to(ACC))
-        tl.store(rows_ptr + _SHIFT * step, shift)
-        tl.store(rows_ptr + _SUM * step, s)
-        tl.store(rows_ptr + _REST * step, s_rest / s)
         if e_ptr is not None:
-            d_y = -s_rest
-            if SOFTCAP:
-                d_y *= 1.0 - (z_y / cap) * (z_y / cap)
+            d_y = tl.zeros((), ACC)
+            if FIRST and LAST:
+                d_y -= tl.where(s_rest == float("inf"), float("nan"), s_rest)
+                if SOFTCAP:
+                    d_y *= 1.0 - (z_y / cap) * (z_y / cap)
             tl.debug_barrier()  # after the loop's store to the same place, by another thread
-            tl.store(e_ptr + y, d_y.to(e_ptr.dtype.element_ty), mask=good)
+            tl.store(e_ptr + y_here, d_y.to(e_ptr.dtype.element_ty), mask=here)
 
-        loss = tl.zeros((), ACC)
-        dlogp = tl.zeros((), ACC)
-        dlse = tl.zeros((), ACC)
-        if PHI is not None:
-            r = logp
-            if ref_ptr is not None:
-                r -= tl.load(ref_ptr + n).to(ACC)
-            r *= beta
-            value = tl.zeros((), ACC)
-            if value_ptr is not None:
-                value = tl.load(value_ptr + n).to(ACC)
-            r += value
-            if CONTINUED:
-                phi, weight = PHI(tl.where(r < r0, r0, r))
-                phi += tl.where(r < r0, weight * (r - r0), 0.0)
-            else:
-                phi, weight = PHI(r)
-            loss = (value - phi) / beta
-            dlogp = tl.where(good, -weight, float("nan"))
-            if SMOOTHED:
-                eps = tl.full((), smoothing, ACC)
-                loss = (1.0 - eps) * loss + eps * (lse - total / V)
-                dlogp *= 1.0 - eps
-                dlse += eps
-            lam = tl.full((), z_loss, ACC)
-            loss += lam * lse * lse
-            dlse += 2.0 * lam * lse
-        tl.store(rows_ptr + _LOSS * step, loss)
-        tl.store(rows_ptr + _DLOGP * step, dlogp)
-        tl.store(rows_ptr + _DLSE * step, dlse)
+        if LAST:
+            write_results(
+                rows_ptr,
+                step,
+                z_y,
+                k,
+                s_rest,
+                s_log,
+                total / V,
+                top1,
+                None if ref_ptr is None else ref_ptr + n,
+                None if value_ptr is None else value_ptr + n,
+                beta,
+                r0,
+                tl.full((), smoothing, ACC),
+                tl.full((), z_loss, ACC),
+                PHI,
+                ACC,
+                CONTINUED,
+                SMOOTHED,
+                ENTROPY_WANTED,
+            )
+        else:
+            tl.store(rows_ptr + _TARGET * step, z_y)
+            tl.store(rows_ptr + _SHIFT * step, k)
+            tl.store(rows_ptr + _SUM * step, s_rest)
+            tl.store(rows_ptr + _ENTROPY * step, s_log)
+            tl.store(rows_ptr + _TOTAL * step, total)
+            tl.store(rows_ptr + _LARGEST * step, largest)
+            tl.store(rows_ptr + _TOP1 * step, top1)
 
 
 def row_pass(
@@ -235,12 +241,17 @@ def row_pass(
     z_loss: float,
     entropy: bool,
     top1: bool,
+    first_column: int,
+    V: int,
 ) -> None:
-    """Fill ``rows`` and, if given, ``exponentials`` (rows contiguous; it may be z itself)."""
+    """Fill ``rows`` and, if given, ``exponentials`` (rows contiguous; it may be z itself).
+
+    z may hold the columns from ``first_column`` on of V; ranges come in order.
+    """
     N = y.numel()
     if N == 0:
         return
-    V = z.shape[-1]
+    C = z.shape[-1]
     T, stride_zb, stride_zt, stride_zv = strides(z)
     _row_pass_kernel[(N,)](
         z,
@@ -251,7 +262,9 @@ def row_pass(
         exponentials,
         N,
         T,
+        C,
         V,
+        first_column,
         stride_zb,
         stride_zt,
         stride_zv,
@@ -264,11 +277,13 @@ def row_pass(
         label_smoothing,
         z_loss,
         PHI=phi,
+        FIRST=first_column == 0,
+        LAST=first_column + C == V,
         ACC=accumulator(rows),
         SOFTCAP=cap is not None,
         CONTINUED=r0 != float("-inf"),
         SMOOTHED=label_smoothing != 0.0,
         ENTROPY_WANTED=entropy,
         TOP1_WANTED=top1,
-        **row_launch(V),
+        **row_launch(C),
     )

@@ -1,0 +1,142 @@
+"""What a plan of the linear path costs: FLOPs of its products, and bytes that it moves.
+
+With N tokens in b blocks and a vocabulary of V in k ranges, c, l and a the bytes of an operand, of
+a logit and of an accumulator, x = NDc and w = VDc the bytes of hidden states and head:
+
+    logits        2NDV FLOPs    read k x and b w, write NVl
+    row pass                    read NVl; with exponentials write NVc
+    row gradient                read NVl, write NVc
+    dX            2NDV          read NVc and b w; write and read again (2k - 1) NDa
+    dW            2NDV          read NVc and k x; write and read again (2b - 1) VDa; with b > 1 one
+                                rounding more if c < a
+
+Recomputation makes the logits twice. A byte counts as many FLOPs as the machine does in the time
+of moving it: the route and the sizes of blocks and ranges are those of the smallest sum.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+Route = Literal["logits", "forward", "token", "unit", "frozen", "recompute"]
+
+# FLOPs of a product in the time of one byte of memory traffic, by the operands' bytes. 16 bits: 790
+# TFLOP/s and 4.3 TB/s of an H200. Else: about 200 GFLOP/s and 17 GB/s of two CPU cores, and of the
+# same order on GPUs without TF32.
+_FLOPS_PER_BYTE = {2: 180.0, 4: 12.0, 8: 6.0}
+
+
+@dataclass(frozen=True)
+class LinearShape:
+    """What the linear planner needs to know of a call, beyond the number of its tokens."""
+
+    hidden: int
+    vocabulary: int
+    compute_dtype: torch.dtype
+    logits_dtype: torch.dtype
+    backend: str
+    need_dx: bool
+    need_dw: bool
+    need_db: bool = False
+    softcap: bool = False
+    smoothing: bool = False
+    entropy: bool = False
+    entropy_gradient: bool = False
+
+    @property
+    def need_gradient(self) -> bool:
+        """Whether anything at all needs a gradient."""
+        return self.need_dx or self.need_dw or self.need_db
+
+    @property
+    def exponentials(self) -> bool:
+        """Whether the exponentials that a row pass leaves behind serve as the logits' gradient.
+
+        They do up to a factor per row, which the products take: not for label smoothing and
+        entropies, whose gradients are no multiples. 16-bit operands would be rounded once more by
+        that factor: measured in bf16, gradient errors of 2.8e-3 instead of 2.1e-3 where a bound of
+        2.5e-3 is promised.
+        """
+        wide = self.compute_dtype.itemsize >= 4
+        return wide and not (self.smoothing or self.entropy_gradient)
+
+    @property
+    def head_is_frozen(self) -> bool:
+        """Whether d logp / d x, with the target's and the mean row of the head, is all it takes.
+
+        Entropies need more, and smoothing with a softcap needs the mean of their products.
+        """
+        only_dx = self.need_dx and not (self.need_dw or self.need_db)
+        return only_dx and not self.entropy_gradient and not (self.smoothing and self.softcap)
+
+    def takes_whole_rows(self, route: Route) -> bool:
+        """Whether a route needs the whole row before its gradient, not ranges of the vocabulary.
+
+        Without products of 16-bit operands into fp32, as on a CPU, summing over ranges would take
+        products of upcast operands, several times as slow; rounding each product instead was
+        measured to double the error that summing adds (3.1e-3 in bf16, beyond what is promised).
+        """
+        if route in ("token", "unit"):
+            return True
+        rounds = self.backend == "torch" and self.compute_dtype.itemsize == 2
+        return rounds and route != "forward"
+
+    @property
+    def accumulator_bytes(self) -> int:
+        """Bytes of a number that is summed over blocks or ranges."""
+        return max(self.compute_dtype.itemsize, 4)
+
+
+def product_names(route: Route, shape: LinearShape) -> list[str]:
+    """What runs for each block and range, in order; products are those with an equals sign."""
+    logits = "z = X W'"
+    if route == "forward":
+        return [logits, "row pass"]
+    if route == "frozen":
+        return [logits, "row pass with exponentials", "dX += E W"]
+    passes, gradient = ["row pass"], ["row gradient"]
+    if route == "recompute":
+        gradient = [logits, *gradient]
+    elif shape.exponentials:
+        passes, gradient = ["row pass with exponentials"], []
+    between = ["loss function"] * (route == "unit")
+    products = ["dX += dz W"] * shape.need_dx + ["dW += dz' X"] * shape.need_dw
+    return [logits, *passes, *between, *gradient, *products]
+
+
+def flops(route: Route, tokens: int, shape: LinearShape) -> int:
+    """FLOPs of all products of a call, forward and backward."""
+    products = sum("=" in name for name in product_names(route, shape))
+    return 2 * products * tokens * shape.hidden * shape.vocabulary
+
+
+def bytes_moved(route: Route, tokens: int, shape: LinearShape, blocks: int, ranges: int) -> int:
+    """Bytes that products and row passes read and write, by the table of the module."""
+    c, a = shape.compute_dtype.itemsize, shape.accumulator_bytes
+    x, w = tokens * shape.hidden, shape.vocabulary * shape.hidden
+    z = tokens * shape.vocabulary
+    logits, gradient = z * shape.logits_dtype.itemsize, z * c
+    several = blocks > 1
+    of = {
+        "z = X W'": ranges * x * c + blocks * w * c + logits,
+        "row pass": logits,
+        "row pass with exponentials": logits + gradient,
+        "row gradient": logits + gradient,
+        "loss function": 0,
+        "dX": gradient + blocks * w * c + (2 * ranges - 1) * x * (a if ranges > 1 else c),
+        "dW": gradient
+        + ranges * x * c
+        + (2 * blocks - 1) * w * (a if several else c)
+        + several * (a > c) * w * (a + c),
+    }
+    names = product_names(route, shape)
+    return sum(of[name if name in of else name[:2]] for name in names)
+
+
+def cost(route: Route, tokens: int, shape: LinearShape, blocks: int, ranges: int) -> float:
+    """Everything in FLOPs."""
+    moved = bytes_moved(route, tokens, shape, blocks, ranges)
+    return flops(route, tokens, shape) + moved * _FLOPS_PER_BYTE[shape.compute_dtype.itemsize]

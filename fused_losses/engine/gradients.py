@@ -1,0 +1,82 @@
+"""Gradients of hidden states, weight and bias, filled piece by piece."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fused_losses.engine.head import EVERYTHING, HeadGradient
+from fused_losses.engine.head_call import HeadCall, Place
+
+
+class GradientSums:
+    """Where the gradients of a call wait for backward.
+
+    They wait in the dtype of what they belong to, except that fp16 waits in fp32 until the factor 1
+    / count and the upstream gradient have been applied.
+
+    Attributes:
+        head: The head of the call.
+        dx: (N, D) gradient of the hidden states, or None.
+    """
+
+    def __init__(self, call: HeadCall, needs: Sequence[bool], accum_dtype: torch.dtype) -> None:
+        need_dx, need_dw, need_db = needs
+        self.head = call.head
+        compute = call.head.compute_dtype
+        self._half = compute == torch.float16
+        # Sums over ranges of the vocabulary are as wide as those over tokens.
+        ranges = len(call.plan.columns) > 1
+        self._dx_dtype = torch.promote_types(compute, torch.float32) if ranges else compute
+        if self._half:
+            self._dx_dtype = torch.float32
+        self.dx = None
+        if need_dx:
+            # Ignored tokens' gradients are exactly zero.
+            make = torch.empty_like if call.positions is None else torch.zeros_like
+            self.dx = make(
+                call.x,
+                dtype=torch.float32 if self._half else call.x.dtype,
+                memory_format=torch.contiguous_format,
+            )
+        blocks = len(call.plan.chunks)
+        self._sums = HeadGradient(call.head, need_dw, need_db, accum_dtype, blocks)
+
+    def dx_of(self, at: Place, x: Tensor) -> Tensor | None:
+        """Return memory for the gradient of some hidden states (R, D), its own place if it can."""
+        if self.dx is None:
+            return None
+        if self._in_place(at, self.dx):
+            return self.dx[at]
+        return x.new_empty(x.shape, dtype=self._dx_dtype)
+
+    def put_dx(self, at: Place, dx: Tensor) -> None:
+        """Put what ``dx_of`` gave, now filled, where it belongs."""
+        if self.dx is not None and not self._in_place(at, self.dx):
+            self.dx[at] = dx.to(self.dx.dtype)
+
+    def _in_place(self, at: Place, dx: Tensor) -> bool:
+        return isinstance(at, slice) and dx.dtype == self._dx_dtype
+
+    def add_head(
+        self,
+        dz: Tensor,
+        x: Tensor,
+        scale: Tensor | None = None,
+        columns: slice = EVERYTHING,
+    ) -> None:
+        """Add what ``scale * dz`` of some tokens and columns gives to weight and bias."""
+        self._sums.add(dz, x, scale, columns)
+
+    def head_gradients(
+        self, weight: Tensor, bias: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Return the gradients of weight and bias, in their dtypes (fp16: still fp32)."""
+        dw, db = self._sums.dw, self._sums.db
+        if dw is not None and not self._half:
+            dw = dw.to(weight.dtype)
+        if db is not None and bias is not None and not self._half:
+            db = db.to(bias.dtype)
+        return dw, db

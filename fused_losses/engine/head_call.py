@@ -1,0 +1,116 @@
+"""A planned call over the head: the tokens that count, in blocks, and the products to make."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor
+
+from fused_losses.backends import RowMaths, load_backend
+from fused_losses.engine.head import Head
+from fused_losses.engine.rows import new_rows
+from fused_losses.engine.workspace import Tile, workspace
+from fused_losses.plan import Plan
+
+Place = slice | Tensor  # where tokens are among the rows of a call
+
+
+def counted_positions(y: Tensor, ignore_index: int) -> Tensor | None:
+    """Return the flat positions of the labels that count; None: take every row as it comes.
+
+    On a GPU this is the one host synchronisation of a call. While a CUDA graph is captured nothing
+    may depend on data: all rows stay, and ignored ones are zeroed.
+    """
+    if _capturing(y):
+        return None
+    positions = (y != ignore_index).nonzero()[:, 0]
+    return None if positions.numel() == y.numel() else positions
+
+
+def _capturing(t: Tensor) -> bool:
+    return t.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+class HeadCall:
+    """A head over the counted tokens of one call.
+
+    Args:
+        x: Hidden states (N, D).
+        y: Labels (N,).
+        positions: The counted ones, in the order in which blocks take them; None: all rows.
+        plan: How many tokens and how many columns of the vocabulary are taken at a time.
+        head: The GEMMs.
+        maths: Transform of the logits.
+        ignore_index: Label of ignored rows.
+
+    Attributes:
+        rows: (LINES, N) row results; those of dropped tokens are zeros from the start.
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        y: Tensor,
+        positions: Tensor | None,
+        plan: Plan,
+        head: Head,
+        maths: RowMaths,
+        ignore_index: int,
+    ) -> None:
+        self.x, self.y, self.positions = x, y, positions
+        self.plan, self.head, self.maths = plan, head, maths
+        self.ignore_index = ignore_index
+        self.backend = load_backend(plan.backend)
+        self._masked = positions is None and _capturing(y)
+        self.rows = new_rows(y, head.logits_dtype, zero=positions is not None)
+
+    def places(self) -> Iterator[Place]:
+        """Where the tokens of each block are, block after block."""
+        start = 0
+        for size in self.plan.chunks:
+            at = slice(start, start + size)
+            yield at if self.positions is None else self.positions[at]
+            start += size
+
+    def columns(self) -> Iterator[slice]:
+        """The ranges of the vocabulary, in order."""
+        start = 0
+        for size in self.plan.columns:
+            yield slice(start, start + size)
+            start += size
+
+    def labels_and_hidden(self, at: Place) -> tuple[Tensor, Tensor]:
+        """Labels (R,) and hidden states (R, D), in the compute dtype, of some tokens."""
+        y, x = self.y[at], self.x[at].to(self.head.compute_dtype)
+        if self._masked:
+            # Kept rows of ignored tokens: NaN there must not reach dW as 0 * NaN.
+            x = x.masked_fill((y == self.ignore_index)[:, None], 0.0)
+        return y, x
+
+    @contextmanager
+    def workspace(self) -> Iterator[Tile]:
+        """Memory for one block's logits of one range of columns, and for their gradient.
+
+        Raises:
+            RuntimeError: Out of memory, of torch's own type, naming the budget to lower.
+        """
+        plan, head = self.plan, self.head
+        elements = max(plan.chunks, default=0) * max(plan.columns)
+        gradient = head.compute_dtype if plan.has_gradient else None
+        spare = plan.budget_bytes - plan.workspace_bytes
+        with ExitStack() as stack:
+            try:
+                tile = stack.enter_context(
+                    workspace(elements, spare, self.x.device, head.logits_dtype, gradient)
+                )
+            except RuntimeError as error:  # torch.OutOfMemoryError is one; a CPU raises it bare
+                if "memory" not in str(error):
+                    raise
+                raise type(error)(
+                    f"no memory for a workspace of {plan.workspace_bytes} bytes; lower "
+                    "workspace_bytes or FUSED_LOSSES_WORKSPACE_BYTES, now "
+                    f"{plan.budget_bytes}: {error}"
+                ) from error
+            yield tile

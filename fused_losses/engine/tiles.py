@@ -1,0 +1,174 @@
+"""The loops over ranges of the vocabulary: row statistics, d logp / d x, and recomputation.
+
+A row's statistics need no whole row: a row pass takes up where the one over the range before it
+stopped. With a frozen head its exponentials are multiplied by the same range of the head at once,
+as attention does with keys and values; the sum is the gradient of the log-prob, whatever the loss.
+Where the head is trained the ranges are made again when the weights of the rows are known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_losses.backends import RowMaths, lines
+from fused_losses.engine.gradients import GradientSums
+from fused_losses.engine.head_call import HeadCall, Place
+from fused_losses.engine.rows import Coefficients, new_rows
+
+
+class Block:
+    """Some counted tokens of a call, once all ranges of the vocabulary have been seen.
+
+    Attributes:
+        at: Where its tokens are among the rows of the call.
+        y: (R,) labels.
+        rows: (LINES, R) row results.
+        kept: (R, D) -d logp / d x, fp32 at least, or None.
+    """
+
+    def __init__(self, at: Place, y: Tensor, rows: Tensor, kept: Tensor | None) -> None:
+        self.at, self.y, self.rows, self.kept = at, y, rows, kept
+
+
+def blocks_of(call: HeadCall, *, keep: bool = False, **options: Any) -> Iterator[Block]:
+    """Fill ``call.rows`` block by block; ``keep``: with the gradients of the log-probs.
+
+    The options are those of ``Backend.row_pass``, per-row ones for all rows of the call.
+    """
+    with call.workspace() as tile:
+        for at in call.places():
+            y, x = call.labels_and_hidden(at)
+            rows = new_rows(y, call.head.logits_dtype)
+            per_row = {
+                name: None if options.get(name) is None else options[name][at]
+                for name in ("ref", "value")
+            }
+            kept = None
+            if keep:
+                wide = torch.promote_types(call.head.compute_dtype, torch.float32)
+                kept = x.new_empty(x.shape, dtype=wide)
+            for columns in call.columns():
+                z, e = tile(len(y), columns.stop - columns.start)
+                call.head.logits(x, z, columns)
+                before = rows[lines.SHIFT].clone() if keep and columns.start else None
+                call.backend.row_pass(
+                    z,
+                    y,
+                    rows,
+                    maths=call.maths,
+                    ignore_index=call.ignore_index,
+                    exponentials=e if keep else None,
+                    overwrite=True,
+                    first_column=columns.start,
+                    vocabulary=call.head.vocabulary,
+                    **(options | per_row),
+                )
+                if kept is not None:
+                    if before is not None:
+                        _follow(kept, before, rows[lines.SHIFT])
+                    call.head.dx(e, kept, columns, accumulate=columns.start > 0)
+            if kept is not None:
+                _finish(kept, call, y, rows)
+            call.rows[:, at] = rows
+            yield Block(at, y, rows, kept)
+
+
+def _follow(sums: Tensor, before: Tensor, shift: Tensor) -> None:
+    """Bring sums of exponentials from one shift of their rows to a later one."""
+    # Before anything but -inf was seen, the sums are 0 under any shift.
+    factor = torch.where(before == shift, 1.0, (before - shift).exp())
+    if factor.is_cpu and bool((factor == 1.0).all()):
+        return
+    sums.mul_(factor[:, None])
+
+
+def _finish(kept: Tensor, call: HeadCall, y: Tensor, rows: Tensor) -> None:
+    """Turn sums of exponentials times the head's rows into -d logp / d x."""
+    slope = target_slope(rows, call.maths)
+    if len(call.plan.columns) > 1:
+        # Ranges leave the target out; subtracted from 1 - p_y, not from 1, nothing cancels.
+        factor = maths_factor(call.maths)
+        at_y = rows[lines.REST] * rows[lines.SUM] * slope / factor
+        kept.sub_(target_rows(call.head.weight, y) * at_y[:, None])
+    scale = maths_factor(call.maths) / rows[lines.SUM]
+    kept.mul_(scale.masked_fill(y == call.ignore_index, 0.0)[:, None])
+
+
+def maths_factor(maths: RowMaths) -> float:
+    """The constant part of d z / d raw."""
+    return maths.pre * (1.0 if maths.cap is None else maths.cap)
+
+
+def target_slope(rows: Tensor, maths: RowMaths) -> Tensor:
+    """Return d z_y / d raw_y of each row, (N,)."""
+    slope = torch.full_like(rows[lines.LOGP], maths_factor(maths))
+    if maths.cap is not None:
+        tanh = (rows[lines.LOGP] + rows[lines.LSE]) / maths.cap
+        slope = slope * (1.0 - tanh * tanh)
+    return slope
+
+
+def target_rows(weight: Tensor, y: Tensor) -> Tensor:
+    """Return the rows of the head that belong to labels, any row for a bad one, (N, D)."""
+    good = (y >= 0) & (y < weight.shape[0])
+    return weight[torch.where(good, y, 0)]
+
+
+def hidden_gradient(
+    kept: Tensor, y: Tensor, rows: Tensor, c: Coefficients, head: Tensor, maths: RowMaths
+) -> Tensor:
+    """Combine -d logp / d x (N, D) into the gradient of a loss, by its rows' coefficients.
+
+    logp = z_y - lse, so d lse / d x is the target's row of the head, transformed, minus d logp / d
+    x; the mean logit's is the mean row.
+    """
+    scale = -c.dlogp if c.dlse is None else c.dlse - c.dlogp
+    dx = kept * scale[:, None]
+    if c.dlse is not None:
+        at_y = c.dlse * target_slope(rows, maths)
+        # Rows without a target have no slope either, and 0 * NaN is not 0.
+        at_y = torch.where(c.dlse == 0.0, 0.0, at_y)
+        dx += target_rows(head, y) * at_y[:, None]
+    if c.dmean is not None:
+        mean = head.sum(0, dtype=dx.dtype) * (maths.pre / head.shape[0])
+        dx += c.dmean[:, None] * mean
+    return dx
+
+
+def recompute(
+    call: HeadCall, rows: Tensor, c: Coefficients, needs: list[bool], accum_dtype: torch.dtype
+) -> GradientSums:
+    """Make the logits again and sum the gradients, from row results (LINES, N) and coefficients."""
+    sums = GradientSums(call, needs, accum_dtype)
+    with call.workspace() as tile:
+        for at in call.places():
+            y, x = call.labels_and_hidden(at)
+            dx = sums.dx_of(at, x)
+            block, of = rows[:, at].contiguous(), c.at(at)
+            for columns in call.columns():
+                z, dz = tile(len(y), columns.stop - columns.start)
+                call.head.logits(x, z, columns)
+                call.backend.row_gradient(
+                    z,
+                    y,
+                    block,
+                    maths=call.maths,
+                    ignore_index=call.ignore_index,
+                    dlogp=of.dlogp,
+                    dlse=of.dlse,
+                    dmean=of.dmean,
+                    dentropy=of.dentropy,
+                    dz=dz,
+                    first_column=columns.start,
+                    vocabulary=call.head.vocabulary,
+                )
+                if dx is not None:
+                    call.head.dx(dz, dx, columns, accumulate=columns.start > 0)
+                sums.add_head(dz, x, columns=columns)
+            if dx is not None:
+                sums.put_dx(at, dx)
+    return sums

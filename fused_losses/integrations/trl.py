@@ -22,6 +22,7 @@ from fused_losses.integrations.lm_head import fuse_lm_head
 from fused_losses.integrations.trl_head import (
     Answer,
     AnsweredModel,
+    ask_logps,
     ask_stats,
     lengthened,
     mean_logits,
@@ -188,8 +189,6 @@ class DPOTrainer(trl.DPOTrainer):
         if self.use_weighting:
             raise NotImplementedError("use_weighting (WPO) needs trl.DPOTrainer's own head")
         fuse_lm_head(self.model)
-        if self.ref_model is not None:
-            fuse_lm_head(self.accelerator.unwrap_model(self.ref_model))
 
     @property
     def _pair_loss(self) -> Any:
@@ -235,11 +234,20 @@ class DPOTrainer(trl.DPOTrainer):
         if self.precompute_ref_logps:
             sums = [inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]]
             return inputs, torch.cat(sums).float()
-        # TRL's method switches adapters, checkpointing and autocast; the head keeps each token.
-        head = AnsweredModel(self.model if self.ref_model is None else self.ref_model, ask_stats)
-        chosen, rejected = self.compute_ref_log_probs(head, inputs)
-        ref = lengthened(head.kept, inputs["input_ids"].shape[1], 0.0)
+        model = self.model if self.ref_model is None else self.ref_model
+        (chosen, rejected), ref = self._reference(model, inputs)
+        ref = lengthened(ref, inputs["input_ids"].shape[1], 0.0)
         return {**inputs, "ref_chosen_logps": chosen, "ref_rejected_logps": rejected}, ref
+
+    def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> Any:
+        """TRL's, on this engine: policy and reference take the same path, to the last bit."""
+        return self._reference(model, inputs)[0]
+
+    def _reference(self, model: Any, inputs: dict[str, Any]) -> tuple[Any, Tensor]:
+        """Sums per response and log-probs per token; TRL's code switches the adapters."""
+        fuse_lm_head(self.accelerator.unwrap_model(model))
+        head = AnsweredModel(model, ask_logps)
+        return super().compute_ref_log_probs(head, inputs), head.kept
 
     def _pair_loss_options(self) -> dict[str, Any]:
         options = {"beta": self.beta, "loss_type": self.loss_types[0]}

@@ -90,7 +90,13 @@ def ask_stats(hidden: Tensor, weight: Tensor, labels: Tensor, options: dict[str,
         hidden, weight, labels, shift=True, entropy=True, **options
     )
     means = mean_logits(hidden, weight, **options)
-    return Answer(stats.logps, stats.entropy, stats.is_top1, means, kept=stats.logps.detach())
+    return Answer(stats.logps, stats.entropy, stats.is_top1, means)
+
+
+def ask_logps(hidden: Tensor, weight: Tensor, labels: Tensor, options: dict[str, Any]) -> Answer:
+    """Per-token log-probs alone, as a reference's."""
+    stats = fused_losses.linear_token_stats(hidden, weight, labels, shift=True, **options)
+    return Answer(stats.logps, None, stats.is_top1, kept=stats.logps.detach())
 
 
 @torch.no_grad()

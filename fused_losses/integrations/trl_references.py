@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from datasets.fingerprint import Hasher
 from trl.trainer.utils import hash_module
 
-from fused_losses.integrations.trl_head import AnsweredModel, ask_stats
+from fused_losses.integrations.trl_head import AnsweredModel, ask_logps
 
 COLUMN = "ref_logps"
 
@@ -88,7 +88,7 @@ def add_ref_logps(trainer: Any, dataset: Any, batch_size: int) -> Any:
         inputs = trainer._prepare_inputs(collate(examples))
         inputs["use_cache"] = False
         with torch.no_grad(), adapters_off(), trainer.compute_loss_context_manager():
-            head = AnsweredModel(model, ask_stats)
+            head = AnsweredModel(model, ask_logps)
             head(**inputs, fused_lm_head=True)
         logps = head.kept[:, -inputs["input_ids"].shape[1] :].cpu()
         lengths = [len(example["input_ids"]) for example in examples]

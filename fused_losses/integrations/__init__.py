@@ -1,0 +1,9 @@
+"""The losses inside models and trainers of other libraries; nothing is patched at import.
+
+``fuse_lm_head`` gives any causal LM of transformers a forward that hands hidden states and head to
+a loss; ``fused_losses.integrations.trl`` runs TRL's trainers on it. Needs transformers.
+"""
+
+from fused_losses.integrations.lm_head import fuse_lm_head, unfuse_lm_head
+
+__all__ = ["fuse_lm_head", "unfuse_lm_head"]

@@ -126,7 +126,14 @@ def test_the_wheel_carries_the_license_and_says_what_it_needs(wheel):
     assert always["torch"].marker is None
     assert always["triton"].marker.evaluate({"sys_platform": "linux"})
     assert not always["triton"].marker.evaluate({"sys_platform": "darwin"})
-    assert set(about.get_all("Provides-Extra")) == {"train", "trl", "bench", "examples", "dev"}
+    assert set(about.get_all("Provides-Extra")) == {
+        "train",
+        "trl",
+        "bench",
+        "examples",
+        "peft",
+        "dev",
+    }
     assert about["Version"] == fused_losses.__version__
     assert about["License-Expression"] == "Apache-2.0"
     (shipped,) = [text for name, text in contents(wheel).items() if name.endswith("/LICENSE")]

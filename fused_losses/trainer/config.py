@@ -186,6 +186,19 @@ class DPOConfig(PostTrainingConfig):
         default=0.0,
         metadata={"help": "Share of pairs taken to be flipped; for the losses that take it."},
     )
+    simpo_gamma: float | None = field(
+        default=None, metadata={"help": "Margin of simpo. None: the loss's default."}
+    )
+    discopop_tau: float | None = field(
+        default=None, metadata={"help": "Width of discopop's blend. None: the loss's default."}
+    )
+    sft_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of an SFT term on the chosen response. The paper saw performance swing "
+            "when both were optimised at once."
+        },
+    )
     disable_dropout: bool = field(
         default=True, metadata={"help": "Set every dropout of the model to 0."}
     )
@@ -203,16 +216,29 @@ class DPOConfig(PostTrainingConfig):
                 "take; did you mean label_smoothing?"
             )
         # The library's own checks, before anything is loaded: one pair of zeros.
-        zero, one = torch.zeros(1), torch.ones(1)
-        preference_loss(zero, zero, chosen_lengths=one, rejected_lengths=one, **self.loss_options)
+        logps, one = torch.full((1,), -1.0), torch.ones(1)
+        preference_loss(logps, logps, chosen_lengths=one, rejected_lengths=one, **self._pair_options)
+        _check_range("sft_weight", self.sft_weight, self.sft_weight >= 0.0, ">= 0")
+
+    @property
+    def reference_free(self) -> bool:
+        """Whether the pair loss compares with no reference."""
+        return getattr(PAIR_LOSSES[self.loss_type], "reference_free", False)
 
     @property
     def loss_options(self) -> dict[str, Any]:
-        """Options of the pair loss."""
+        """Options of the pair loss of hidden states."""
+        options = self._pair_options
+        return {**options, "sft_weight": self.sft_weight} if self.sft_weight else options
+
+    @property
+    def _pair_options(self) -> dict[str, Any]:
+        further = {"simpo_gamma": self.simpo_gamma, "discopop_tau": self.discopop_tau}
         return {
             "loss_type": self.loss_type,
             "beta": self.beta,
             "label_smoothing": self.label_smoothing,
+            **{name: value for name, value in further.items() if value is not None},
         }
 
 

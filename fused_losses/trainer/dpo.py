@@ -73,7 +73,7 @@ class DPOTrainer(PostTrainer):
             processing_class,
             ref_model,
             peft_config,
-            needs_reference=True,
+            needs_reference=not args.reference_free,
             callbacks=callbacks,
             optimizers=optimizers,
         )
@@ -84,7 +84,8 @@ class DPOTrainer(PostTrainer):
 
     def loss_call(self, inputs: dict[str, Tensor]) -> tuple[Callable[..., Tensor], dict[str, Any]]:
         """Return the pair loss and its arguments."""
-        return linear_dpo_loss, {"ref_logps": inputs["ref_logps"], **self.args.loss_options}
+        ref = None if self.args.reference_free else inputs["ref_logps"]
+        return linear_dpo_loss, {"ref_logps": ref, **self.args.loss_options}
 
     def items(self, batch: dict[str, Tensor]) -> Tensor:
         """Count pairs."""

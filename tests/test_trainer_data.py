@@ -139,7 +139,7 @@ GOOD = {"prompt": "q", "completion": "a"}
         (
             [{"prompt": "long", "completion": "x"}],
             {"max_length": 3},
-            "within max_length=3 of its 6",
+            "max_length=3 of its 6",
         ),
         ([{"input_ids": [1, 2], "ref_logps": [0.0]}], {}, "2 tokens, 1 references"),
         ([{"text": "x"}], {"completion_only_loss": True}, "knows no prompt"),

@@ -7,6 +7,7 @@ import sys
 import textwrap
 from pathlib import Path
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -57,12 +58,8 @@ def test_a_second_run_and_the_other_trainer_reuse_them(made, monkeypatch):
     again = SFTTrainer(llama(), config, sft_rows(6)).train_dataset
     assert again["ref_logps"] == dataset["ref_logps"]
     rows = dataset.select_columns(["input_ids", "labels"])
-    sides = {
-        f"{side}{column}": rows[column]
-        for side in ("chosen_", "rejected_")
-        for column in rows.features
-    }
-    pairs = type(rows).from_dict(dict(sides))
+    names = [(side, name) for side in ("chosen_", "rejected_") for name in rows.column_names]
+    pairs = type(rows).from_dict({f"{side}{name}": rows[name] for side, name in names})
     shared = DPOTrainer(llama(), dpo_config(folder, ref_cache_dir=str(folder)), pairs)
     assert shared.train_dataset["rejected_ref_logps"] == dataset["ref_logps"]
 
@@ -97,9 +94,7 @@ def test_a_foreign_or_broken_file_is_refused_by_its_path(tmp_path):
 
 def test_references_of_another_model_that_come_with_the_data_are_refused(made, tmp_path):
     _, dataset = made
-    with pytest.raises(
-        ValueError, match=r"train_dataset, row 0, column 'ref_model'.*ref_model, or"
-    ):
+    with pytest.raises(ValueError, match=r"row 0, column 'ref_model'.*pass the model they"):
         SFTTrainer(llama(seed=3), sft_config(tmp_path), dataset)
     trusted = dataset.remove_columns("ref_model")
     trainer = SFTTrainer(llama(seed=3), sft_config(tmp_path), trusted)
@@ -127,8 +122,6 @@ def test_a_kill_while_writing_leaves_no_file_and_the_next_run_makes_it(tmp_path)
     assert list(tmp_path.iterdir()) != []
     key = ref_cache.CacheKey("m" * 32, "d" * 32, "no", 3)
     assert ref_cache.load(tmp_path, key) is None
-    import numpy as np
-
     ref_cache.store(tmp_path, key, [np.full(2, -1.0, np.float32)] * 3)
     assert ref_cache.load(tmp_path, key)["ref_logps"] == [[-1.0, -1.0]] * 3
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_training import dpo_config, history, llama, pair_rows, sft_config, sft_rows
 from transformers import TrainerCallback
 
@@ -26,7 +27,9 @@ class Kill(TrainerCallback):
 
 
 def trainer(kind, folder, callbacks=None):
+    # One cache for all runs: a resumed run reads what the first one wrote.
     options = {"max_steps": 7, "save_strategy": "steps", "save_steps": 3}
+    options |= {"ref_cache_dir": str(folder.parent / "cache")}
     options |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
     if kind == "sft":
         config = sft_config(folder, loss="pearson", **options)
@@ -39,7 +42,9 @@ def test_kill_and_resume_continue_the_log(tmp_path, kind):
     whole = trainer(kind, tmp_path / "whole")
     whole.train()
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
-    command = [sys.executable, __file__, kind, str(tmp_path / "killed")]
+    # Sums of other numbers of threads have other bits.
+    threads = str(torch.get_num_threads())
+    command = [sys.executable, __file__, kind, str(tmp_path / "killed"), threads]
     died = subprocess.run(command, env=environment, check=False, capture_output=True)
     assert died.returncode == -9, died.stderr.decode()[-2000:]
     (checkpoint,) = (tmp_path / "killed").glob("checkpoint-*")
@@ -51,4 +56,5 @@ def test_kill_and_resume_continue_the_log(tmp_path, kind):
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(int(sys.argv[3]))
     trainer(sys.argv[1], Path(sys.argv[2]), [Kill()]).train()

@@ -184,9 +184,7 @@ def test_a_loss_that_is_not_finite_stops_before_anything_is_saved(tmp_path):
     )
     with torch.no_grad():
         model.lm_head.weight[3] = float("nan")
-    with pytest.raises(
-        NonFiniteLossError, match=r"nan at step 1, on rows \[.*\].*smaller learning"
-    ):
+    with pytest.raises(NonFiniteLossError, match=r"nan at step 1, on rows \[.*smaller learning"):
         trainer.train()
     assert list(tmp_path.glob("checkpoint-*")) == []
 
@@ -213,8 +211,8 @@ def test_what_cannot_work_is_refused_by_name(tmp_path):
     rows = sft_rows(4)
     with pytest.raises(TypeError, match="args must be a SFTConfig, got DPOConfig"):
         SFTTrainer(llama(), dpo_config(tmp_path), rows)
+    config = sft_config(tmp_path, loss="pearson", precompute_ref_log_probs=False)
     with pytest.raises(ValueError, match="loss='pearson' needs reference log-probs"):
-        config = sft_config(tmp_path, loss="pearson", precompute_ref_log_probs=False)
         SFTTrainer(llama(), config, rows)
     model = llama()
     with pytest.raises(ValueError, match="ref_model is the model that is trained"):

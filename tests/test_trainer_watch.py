@@ -134,6 +134,6 @@ def test_a_model_agrees_with_itself_and_ranks_states_by_their_normaliser():
 
 
 def test_importing_the_library_imports_no_trainer():
-    code = "import sys, fused_losses; print([m for m in ('transformers', 'datasets') if m in sys.modules])"
+    code = "import sys, fused_losses; print({'transformers', 'datasets'} & sys.modules.keys())"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == "[]"
+    assert run.stdout.strip() == "set()"

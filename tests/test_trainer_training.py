@@ -220,3 +220,17 @@ def test_what_cannot_work_is_refused_by_name(tmp_path):
     trainer = SFTTrainer(model, sft_config(tmp_path), rows, rows)
     with pytest.raises(ValueError, match="give eval_dataset"):
         trainer.evaluate(sft_rows(3))
+
+
+def test_a_loss_without_a_reference_computes_none_and_the_sft_term_is_added(tmp_path):
+    free = DPOTrainer(
+        llama(), dpo_config(tmp_path, loss_type="simpo", simpo_gamma=1.0), pair_rows()
+    )
+    assert "chosen_ref_logps" not in free.train_dataset.column_names
+    free.train()
+    losses = history(free, "loss", "rewards/margins")
+    assert losses[-1] < losses[0]
+    both = DPOTrainer(llama(), dpo_config(tmp_path, sft_weight=1.0, max_steps=1), pair_rows())
+    both.train()
+    ((loss,),) = history(both, "loss")
+    assert loss > 1.0  # log 2 and the negative log-likelihood of a random model

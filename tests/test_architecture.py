@@ -29,9 +29,10 @@ LAYERS = (
     {"__init__"},
 )
 RANK = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}
-# These stand on the public API, and nobody in the core imports them.
+# These stand on the public API, and nobody in the core imports them. A trainer's config shows and
+# checks the names of the pair losses, which `preference` holds.
 ON_TOP = {
-    "trainer": {"__init__", "reference", "integrations"},
+    "trainer": {"__init__", "reference", "integrations", "preference"},
     "integrations": {"__init__", "reference"},
 }
 # What these import of the project, and nothing else of it.

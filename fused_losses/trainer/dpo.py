@@ -1,0 +1,99 @@
+"""Preference learning with any pair loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from fused_losses import PairStats, linear_dpo_loss
+from fused_losses.trainer.base import PostTrainer, check_args
+from fused_losses.trainer.config import DPOConfig
+from fused_losses.trainer.data import SIDES
+from fused_losses.trainer.telemetry import Sums, pair_sums, token_sums
+
+
+class DPOTrainer(PostTrainer):
+    """DPO and its kin (9)-(11) on ``transformers.Trainer``, without logits.
+
+    The reference is ``ref_model``, or else the weights the model starts from (of a PeftModel: the
+    model without its adapters). Its log-probs are computed per token when the trainer is made and
+    cached on disk, so no second model is held. The loss is a sum over all micro-batches and ranks
+    divided by their pairs (``aot`` sorts over a micro-batch, which is its unit). Every log also
+    holds TRL's ``rewards/chosen``, ``rewards/rejected``, ``rewards/accuracies``,
+    ``rewards/margins``, ``logps/chosen``, ``logps/rejected``, ``entropy``, ``mean_token_accuracy``
+    (of the chosen tokens), ``num_tokens``, and ``values/mean`` (13), ``rewards/implicit`` (12) and
+    ``drift`` per token; evaluation the same with ``eval_``.
+
+    Args:
+        model: A causal LM of transformers, a PeftModel, or a name to load (with its tokenizer).
+        args: The :class:`DPOConfig`.
+        train_dataset: ``datasets.Dataset`` with columns ``prompt``, ``chosen``, ``rejected`` (text
+            or messages), or ``chosen`` and ``rejected`` that begin alike; or tokenised:
+            ``prompt_ids``, ``chosen_ids``, ``rejected_ids``. A batch holds
+            ``per_device_train_batch_size`` pairs.
+        eval_dataset: The same, or a dict of them.
+        processing_class: The tokenizer; None for tokenised data.
+        ref_model: The reference, if it is not the starting weights.
+        peft_config: Wrap the model with this PEFT configuration first.
+        callbacks: As for ``Trainer``.
+        optimizers: As for ``Trainer``.
+
+    Raises:
+        TypeError: ``args`` or datasets of another type.
+        ValueError: Rows that nothing can be learnt from, references that do not fit, a model that
+            cannot be packed; each named, with the cure.
+    """
+
+    config_class = DPOConfig
+    sides = SIDES
+
+    def __init__(
+        self,
+        model: Any,
+        args: DPOConfig,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        processing_class: Any = None,
+        *,
+        ref_model: Any = None,
+        peft_config: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+    ) -> None:
+        check_args(args, self.config_class)
+        super().__init__(
+            model,
+            args,
+            train_dataset,
+            eval_dataset,
+            processing_class,
+            ref_model,
+            peft_config,
+            needs_reference=not args.reference_free,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        if args.disable_dropout:
+            for module in self.model.modules():
+                if isinstance(module, nn.Dropout):
+                    module.p = 0.0
+
+    def loss_call(self, inputs: dict[str, Tensor]) -> tuple[Callable[..., Tensor], dict[str, Any]]:
+        """Return the pair loss and its arguments."""
+        ref = None if self.args.reference_free else inputs["ref_logps"]
+        return linear_dpo_loss, {"ref_logps": ref, **self.args.loss_options}
+
+    def items(self, batch: dict[str, Tensor]) -> Tensor:
+        """Count pairs."""
+        return torch.tensor(batch["row"].numel(), device=batch["row"].device)
+
+    def sums(self, stats: PairStats, inputs: dict[str, Tensor]) -> Sums:
+        """Sum the metrics of tokens and of pairs."""
+        labels = inputs["labels"]
+        of_tokens = token_sums(stats, labels, inputs.get("ref_logps"), self.args.beta)
+        return of_tokens | pair_sums(stats, labels)

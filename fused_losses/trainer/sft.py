@@ -1,0 +1,145 @@
+"""Supervised fine-tuning with any member of the family of token losses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import TrainerCallback
+
+from fused_losses import TOKEN_LOSSES, TokenLoss, TokenStats, linear_token_loss
+from fused_losses.trainer.base import PostTrainer, check_args
+from fused_losses.trainer.config import SFTConfig
+from fused_losses.trainer.data import IGNORE
+from fused_losses.trainer.telemetry import Sums, log_ratios, token_sums, weight_sums
+
+
+class SFTTrainer(PostTrainer):
+    """SFT on ``transformers.Trainer``: MLE or an f-divergence (5)-(7), without logits.
+
+    The reference is ``ref_model``, or else the weights the model starts from (of a PeftModel: the
+    model without its adapters). Its log-probs are computed when the trainer is made and cached on
+    disk, so no second model is held. The loss is a sum over all micro-batches and ranks divided by
+    their items (tokens; sequences at ``level="sequence"``). Every log also holds, of the same pass:
+    ``entropy``, ``mean_token_accuracy``, ``num_tokens``, ``values/mean`` (13), ``rewards/implicit``
+    (12), ``drift`` (mean |logp - ref|) and, where the loss has weights, ``weights/reversed`` and
+    ``weights/capped``; evaluation the same with ``eval_``.
+
+    Args:
+        model: A causal LM of transformers, a PeftModel, or a name to load (with its tokenizer).
+        args: The :class:`SFTConfig`.
+        train_dataset: ``datasets.Dataset`` with columns ``messages``; ``prompt`` and ``completion``
+            (text or messages); ``text``; or tokenised: ``input_ids`` with ``labels`` or
+            ``completion_mask``. With ``ref_logps`` per token if they are known already.
+        eval_dataset: The same, or a dict of them.
+        processing_class: The tokenizer; None for tokenised data.
+        loss: A ``TokenLoss`` of your own, in place of ``args.loss``.
+        ref_model: The reference, if it is not the starting weights.
+        peft_config: Wrap the model with this PEFT configuration first.
+        callbacks: As for ``Trainer``.
+        optimizers: As for ``Trainer``.
+
+    Raises:
+        TypeError: ``args`` or datasets of another type.
+        ValueError: Rows that nothing can be learnt from, references that do not fit, a model that
+            cannot be packed; each named, with the cure.
+    """
+
+    config_class = SFTConfig
+    sides = ("",)
+
+    def __init__(
+        self,
+        model: Any,
+        args: SFTConfig,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        processing_class: Any = None,
+        *,
+        loss: TokenLoss | None = None,
+        ref_model: Any = None,
+        peft_config: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+    ) -> None:
+        check_args(args, self.config_class)
+        if loss is not None and not isinstance(loss, TokenLoss):
+            raise TypeError(
+                "loss must be a fused_losses.TokenLoss; a member of TOKEN_LOSSES goes by name into "
+                f"SFTConfig(loss=...), got {type(loss).__name__}"
+            )
+        self.loss = TOKEN_LOSSES[args.loss] if loss is None else loss
+        wanted = args.precompute_ref_log_probs
+        if self.loss.uses_reference and not wanted:
+            for dataset in (train_dataset, *_evals(eval_dataset)):
+                if dataset is not None and "ref_logps" not in dataset.column_names:
+                    raise ValueError(
+                        f"loss={self.loss.name!r} needs reference log-probs: use "
+                        "precompute_ref_log_probs=True, or give every dataset a column ref_logps"
+                    )
+        super().__init__(
+            model,
+            args,
+            train_dataset,
+            eval_dataset,
+            processing_class,
+            ref_model,
+            peft_config,
+            needs_reference=wanted,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+
+    def loss_call(self, inputs: dict[str, Tensor]) -> tuple[Callable[..., Tensor], dict[str, Any]]:
+        """Return the token loss and its arguments."""
+        arguments: dict[str, Any] = {"loss": self.loss, "level": self.args.level}
+        if self.loss.uses_reference:
+            arguments |= {
+                "ref_logps": inputs["ref_logps"],
+                "beta": self.args.beta,
+                "max_weight": self.args.max_weight,
+            }
+        if self.args.level == "sequence":
+            arguments["segment_ids"] = inputs.get("segment_ids")
+        else:
+            arguments |= {
+                "z_loss": self.args.z_loss,
+                "label_smoothing": self.args.label_smoothing_factor,
+            }
+        return linear_token_loss, arguments
+
+    def items(self, batch: dict[str, Tensor]) -> Tensor:
+        """Count scored tokens, or sequences: each has a scored token, the loader sees to that."""
+        if self.args.level == "sequence":
+            return torch.tensor(batch["row"].numel(), device=batch["row"].device)
+        return (batch["labels"] != IGNORE).sum()
+
+    def sums(self, stats: TokenStats, inputs: dict[str, Tensor]) -> Sums:
+        """Sum the metrics of tokens, and of the loss's weights."""
+        labels, ref = inputs["labels"], inputs.get("ref_logps")
+        sums = token_sums(stats, labels, ref, self.args.beta)
+        if ref is None or not self.loss.uses_reference:
+            return sums
+        present = labels != IGNORE
+        ratio = log_ratios(stats, present, ref)
+        if self.args.level == "sequence":
+            ratio, present = _by_sequence(ratio, present, inputs.get("segment_ids"))
+        return sums | weight_sums(self.loss, ratio, present, self.args.beta, self.args.max_weight)
+
+
+def _by_sequence(
+    ratio: Tensor, present: Tensor, segment_ids: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Sum log-ratios per sequence; there are at most as many as tokens."""
+    if segment_ids is None:
+        return ratio.sum(1), present.any(1)
+    sums = torch.zeros_like(ratio[0]).index_add_(0, segment_ids[0], ratio[0])
+    counts = torch.zeros_like(segment_ids[0]).index_add_(0, segment_ids[0], present[0].long())
+    return sums, counts > 0
+
+
+def _evals(datasets: Any) -> list[Any]:
+    return list(datasets.values()) if isinstance(datasets, dict) else [datasets]

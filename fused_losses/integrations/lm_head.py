@@ -13,6 +13,7 @@ the time of a call (FSDP2) have gathered them.
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 from collections.abc import Callable
@@ -32,9 +33,6 @@ from fused_losses.integrations.head_options import (
 )
 from fused_losses.integrations.head_weight import open_head
 
-# Present on a fused forward, and, as functools.wraps copies it, on whatever wraps one.
-_MARK = "_fused_losses_forward"
-
 
 @dataclass
 class _Fusion:
@@ -43,6 +41,13 @@ class _Fusion:
     options: HeadOptions
     before: Any  # an instance's own forward that was there before, None if there was none
     verified: bool = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Fusion:
+        return _Fusion(HeadOptions(**self.options), copy.deepcopy(self.before, memo), self.verified)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Methods are pickled by name: a pickled model comes back with its class's own forward.
+        return type(None), ()
 
 
 def fuse_lm_head(
@@ -79,7 +84,7 @@ def fuse_lm_head(
         ValueError: At a call: labels beside ``fused=``.
     """
     base = _base_of(model)
-    if hasattr(base.forward, _MARK):
+    if _fusion_of(base) is not None:
         return model
     if getattr(base.config, "is_encoder_decoder", False):
         raise NotImplementedError(
@@ -112,19 +117,22 @@ def unfuse_lm_head(model: Any) -> Any:
         RuntimeError: Something wrapped ``model.forward`` since (accelerate's mixed precision does).
     """
     base = _base_of(model)
-    fused = getattr(base.forward, _MARK, None)
-    if fused is None:
+    fusion = _fusion_of(base)
+    if fusion is None:
         return model
-    if getattr(base.forward, "__func__", None) is not fused:
+    if not hasattr(getattr(base.forward, "__func__", None), "fuses_head"):
         raise RuntimeError(
             f"{type(base).__name__}.forward was wrapped after fuse_lm_head; take that off first "
             "(accelerator.unwrap_model(model, keep_fp32_wrapper=False))"
         )
-    before = base._fused_losses_head.before
     del base._fused_losses_head, base.forward
-    if before is not None:
-        base.forward = before
+    if fusion.before is not None:
+        base.forward = fusion.before
     return model
+
+
+def _fusion_of(base: Any) -> _Fusion | None:
+    return getattr(base, "_fused_losses_head", None)
 
 
 def _base_of(model: Any) -> PreTrainedModel:
@@ -152,7 +160,7 @@ def _fused_forward_of(cls: type) -> Callable[..., Any]:
             return plain(*args, **kwargs)
         return _call_fused(self, plain, fused, args, kwargs)
 
-    setattr(forward, _MARK, forward)
+    forward.fuses_head = True  # type: ignore[attr-defined]
     return forward
 
 
@@ -168,9 +176,9 @@ def _call_fused(
     head = model.get_output_embeddings()
     _check_hooks(head)
     name = type(model).__name__
-    called: list[tuple[Any, Tensor]] = []
+    called: list[tuple[Tensor, Any]] = []
 
-    def instead_of_the_product(hidden: Tensor) -> Tensor:
+    def instead_of_the_product(hidden: Tensor) -> tuple[Tensor, Any]:
         if called:
             raise NotImplementedError(f"{name} calls its head twice in a forward")
         hidden, weight, bias = open_head(head, hidden)
@@ -183,21 +191,26 @@ def _call_fused(
             options["linear_bias"] = bias
         result = fn(hidden.to(weight.device), weight, **options)
         # Verified once: looking at values synchronises.
-        stand_in = probe_logits(0 if fusion.verified else weight.shape[0], hidden.device)
-        called.append((result, stand_in))
-        return stand_in
+        return probe_logits(0 if fusion.verified else weight.shape[0], hidden.device), result
 
-    own = head.__dict__.get("forward")
+    def keep_the_result(module: nn.Module, inputs: Any, output: tuple[Tensor, Any]) -> Tensor:
+        # A hook, and the last: those of FSDP2 have to see the result, which they watch in backward.
+        called.append(output)
+        return output[0].clone()  # models may write into their logits
+
+    own = vars(head).get("forward")
     head.forward = instead_of_the_product
+    handle = head.register_forward_hook(keep_the_result)
     try:
         output = plain(*args, **kwargs)
     finally:
+        handle.remove()
         del head.forward
         if own is not None:
             head.forward = own
     if not called:
         raise NotImplementedError(f"{name} did not call its {type(head).__name__} head")
-    (result, stand_in) = called[0]
+    ((stand_in, result),) = called
     if not isinstance(output, ModelOutput) or "logits" not in output:
         raise TypeError(
             f"{name} returned a {type(output).__name__} without named logits; "
@@ -225,7 +238,7 @@ def _check_arguments(
 
 
 def _check_hooks(head: nn.Module) -> None:
-    """Refuse what would see the stand-in and not the logits, or be passed over."""
+    """Refuse what would not see the logits it expects, or would be passed over."""
     hook = getattr(head, "_hf_hook", None)
     if getattr(hook, "offload", False):
         raise NotImplementedError("the head is offloaded by accelerate; keep it on a device")

@@ -19,6 +19,7 @@ from linear_oracle import (
     near_reference,
     relative_error,
 )
+from pair_cases import CASES, needed, takes_reference
 from torch import Tensor
 
 import fused_losses
@@ -314,27 +315,40 @@ def test_segments_of_packed_rows_are_sequences(batch: HeadBatch, backend: str) -
     _both(batch, call, backend=backend, workspace_bytes=FEW_ROWS * 2)
 
 
-@pytest.mark.parametrize("per", ["token", "sequence", "no"])
-@pytest.mark.parametrize("loss_type", list(PAIR_LOSSES))
-def test_dpo_equals_the_references(loss_type: str, per: str, batch: HeadBatch) -> None:
+@pytest.mark.parametrize(
+    ("case", "per"),
+    [
+        (case, per)
+        for case, options in CASES.items()
+        for per in ("token", "sequence", "no")
+        # What is special about a form of the reference is special to sigmoid and aot at most.
+        if per == ("token" if takes_reference(options["loss_type"]) else "no")
+        or case in ("sigmoid", "aot")
+    ],
+)
+def test_dpo_equals_the_references(case: str, per: str, batch: HeadBatch) -> None:
     token = near_reference(batch.to(torch.float64))
     ref = {"token": token, "sequence": token.nan_to_num(0.0).sum(1), "no": None}[per]
     for reduction in ("mean", "sum", "none"):
 
         def call(module: Any, b: HeadBatch, options: dict, reduction: str = reduction) -> Tensor:
             loss = module.linear_dpo_loss(
-                b.x, b.w, b.y, ref, loss_type=loss_type, beta=0.3, reduction=reduction, **options
+                b.x, b.w, b.y, ref, **CASES[case], beta=0.3, reduction=reduction, **options
             )
             return (loss * torch.linspace(0.5, 2.0, loss.numel()).view(loss.shape)).sum()
 
-        for budget in (FEW_ROWS * 2, 5 * V * 8):
+        # Units in chunks, the whole batch in one, recomputation; no units make no difference.
+        for budget in (FEW_ROWS * 2, None, 5 * V * 8)[: 3 if reduction == "mean" else 1]:
             _both(batch, call, workspace_bytes=budget)
 
 
-@pytest.mark.parametrize("loss_type", list(PAIR_LOSSES))
+@pytest.mark.parametrize(
+    "loss_type", [name for name, loss in PAIR_LOSSES.items() if not loss.whole_batch]
+)
 def test_dpo_is_linear_loss_of_preference_loss(loss_type: str, batch: HeadBatch) -> None:
     """Loss maths exist once: the same function of the same sums on the same units."""
-    ref = near_reference(batch)
+    with_reference = takes_reference(loss_type)
+    ref = near_reference(batch) if with_reference else torch.zeros(B, T)
     P = B // 2
     units = torch.arange(B)[:, None].expand(B, T) % P
     lengths = (batch.y != IGNORED).sum(1).float()
@@ -344,7 +358,7 @@ def test_dpo_is_linear_loss_of_preference_loss(loss_type: str, batch: HeadBatch)
         sums = torch.zeros(B).index_add(0, rows // T, ratio)
         here = units.flatten()[rows].unique()
         losses, _, _ = fused_losses.preference_loss(
-            sums[here], sums[here + P], beta=0.3, loss_type=loss_type,
+            sums[here], sums[here + P], beta=0.3, **needed(loss_type),
             chosen_lengths=lengths[here], rejected_lengths=lengths[here + P],
         )  # fmt: skip
         return losses.sum() / P
@@ -359,8 +373,9 @@ def test_dpo_is_linear_loss_of_preference_loss(loss_type: str, batch: HeadBatch)
             )
         else:
             loss = fused_losses.linear_dpo_loss(
-                *args, ref, beta=0.3, loss_type=loss_type, workspace_bytes=FEW_ROWS * 2
-            )
+                *args, ref if with_reference else None, beta=0.3, workspace_bytes=FEW_ROWS * 2,
+                **needed(loss_type),
+            )  # fmt: skip
         results.append([loss, *gradients(loss, leaves)])
     for a, b in zip(*results, strict=True):
         assert relative_error(a, b) <= 1e-6
@@ -449,8 +464,9 @@ def test_huge_margins_stay_finite() -> None:
         ref[0] -= shift / 8
         for loss_type in PAIR_LOSSES:
             leaves = batch.leaves()
+            given = ref if takes_reference(loss_type) else None
             loss = fused_losses.linear_dpo_loss(
-                leaves.x, leaves.w, leaves.y, ref, beta=1.0, loss_type=loss_type
+                leaves.x, leaves.w, leaves.y, given, beta=1.0, **needed(loss_type)
             )
             assert torch.isfinite(loss)
             assert all(torch.isfinite(g).all() for g in gradients(loss, leaves))

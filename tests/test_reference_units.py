@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from pair_cases import CASES, takes_reference
 from torch import Tensor
 
 from fused_losses import reference
+from fused_losses.preference import PAIR_LOSSES
 from fused_losses.stats import TokenStats
 from fused_losses.token_losses import TOKEN_LOSSES
 
@@ -60,17 +62,19 @@ def test_sequence_losses_are_right_to_second_order(name: str) -> None:
     assert torch.autograd.gradgradcheck(loss, [logits], fast_mode=True)
 
 
-@pytest.mark.parametrize("loss_type", ["sigmoid", "hinge", "ipo", "robust"])
-def test_dpo_is_right_to_second_order(loss_type: Any) -> None:
+@pytest.mark.parametrize("case", PAIR_LOSSES)
+def test_dpo_is_right_to_second_order(case: str) -> None:
     x = torch.randn(4, 2, D, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(4, D, dtype=torch.float64, requires_grad=True)
     target = torch.tensor([[1, 3], [IGNORED, 2], [2, 0], [1, IGNORED]])
-    ref_logps = torch.full((4, 2), -1.4, dtype=torch.float64)
+    options = CASES[case]
+    ref_logps = -torch.linspace(1.0, 2.4, 8, dtype=torch.float64).view(4, 2)
+    ref = ref_logps if takes_reference(options["loss_type"]) else None
 
     def loss(x: Tensor, weight: Tensor) -> Tensor:
-        return reference.linear_dpo_loss(x, weight, target, ref_logps, loss_type=loss_type)
+        return reference.linear_dpo_loss(x, weight, target, ref, sft_weight=0.3, **options)
 
-    assert torch.autograd.gradcheck(loss, [x, weight])
+    assert torch.autograd.gradcheck(loss, [x, weight], fast_mode=True)
     assert torch.autograd.gradgradcheck(loss, [x, weight], fast_mode=True)
 
 

@@ -136,7 +136,11 @@ GOOD = {"prompt": "q", "completion": "a"}
         ([{"input_ids": [1, 2], "labels": [1, -100]}], {}, "row 0.*'input_ids': has no token to s"),
         ([{"input_ids": [1, V]}], {}, rf"holds token id {V}, outside the model's vocabulary"),
         ([{"input_ids": [1, 2], "labels": [1]}], {}, "2 tokens and 1 labels"),
-        ([{"prompt": "long", "completion": "x"}], {"max_length": 3}, "within max_length=3 of its 6"),
+        (
+            [{"prompt": "long", "completion": "x"}],
+            {"max_length": 3},
+            "max_length=3 of its 6",
+        ),
         ([{"input_ids": [1, 2], "ref_logps": [0.0]}], {}, "2 tokens, 1 references"),
         ([{"text": "x"}], {"completion_only_loss": True}, "knows no prompt"),
         (
@@ -192,4 +196,6 @@ def test_end_to_end_pairs_point_from_each_scored_token_to_the_state_before_it():
     batch = Collator(SIDES, 0, padding_free=True)([row])
     assert batch["labels"].tolist() == [[2, 3], [4, -100]]
     counted = batch["labels"] != -100
-    assert torch.equal(batch["input_ids"][0, batch["scored_by"] + 1][counted], batch["labels"][counted])
+    assert torch.equal(
+        batch["input_ids"][0, batch["scored_by"] + 1][counted], batch["labels"][counted]
+    )

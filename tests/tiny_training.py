@@ -23,6 +23,7 @@ def llama(seed: int = 0, **options: Any) -> LlamaForCausalLM:
     """A random model of two layers; large weights, so that log-probs differ."""
     torch.manual_seed(seed)
     config = LlamaConfig(
+        **{"initializer_range": 0.2} | options,
         vocab_size=V,
         hidden_size=32,
         intermediate_size=48,
@@ -30,8 +31,6 @@ def llama(seed: int = 0, **options: Any) -> LlamaForCausalLM:
         num_attention_heads=2,
         num_key_value_heads=2,
         max_position_embeddings=128,
-        initializer_range=0.2,
-        **options,
     )
     return LlamaForCausalLM(config)
 

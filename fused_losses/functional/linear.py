@@ -21,10 +21,10 @@ from fused_losses.functional.options import (
     refuse_loss_options,
     split_linear,
 )
-from fused_losses.functional.pairs import PairLossOptions, run_dpo
+from fused_losses.functional.pairs import SFTTerm, run_dpo
 from fused_losses.functional.token_level import run_statistics
 from fused_losses.functional.units import sum_over_units
-from fused_losses.preference import LossType
+from fused_losses.preference import LossType, parse_pair_options
 from fused_losses.stats import TokenStats
 from fused_losses.token_losses import TokenLoss
 
@@ -212,12 +212,17 @@ def linear_dpo_loss(
     beta: float = 0.1,
     loss_type: LossType = "sigmoid",
     label_smoothing: float = 0.0,
+    simpo_gamma: float | None = None,
+    discopop_tau: float | None = None,
+    sft_weight: float = 0.0,
+    sft_num_items: float | Tensor | None = None,
     **common: Unpack[SharedLinearOptions],
 ) -> Tensor:
     """:func:`dpo_loss` from hidden states: 6 N D V FLOPs, as for a token loss.
 
-    A chunk holds whole pairs, so a pair's margin is known before its gradient products. A pair that
-    does not fit the workspace, ``reduction="none"`` and ``torch.compile`` run by recomputation (8).
+    A chunk holds whole pairs, so a pair's margin is known before its gradient products; the whole
+    batch for ``aot``, which sorts over it. What does not fit the workspace, ``reduction="none"``
+    and ``torch.compile`` run by recomputation (8).
 
     Args:
         input: (2B, T, D) hidden states, rows [chosen; rejected] along dimension 0.
@@ -227,6 +232,10 @@ def linear_dpo_loss(
         beta: As in :func:`dpo_loss`.
         loss_type: As in :func:`dpo_loss`.
         label_smoothing: As in :func:`dpo_loss`.
+        simpo_gamma: As in :func:`dpo_loss`.
+        discopop_tau: As in :func:`dpo_loss`.
+        sft_weight: As in :func:`dpo_loss`.
+        sft_num_items: As in :func:`dpo_loss`.
         **common: See :class:`fused_losses.SharedLinearOptions`; refusals as in :func:`dpo_loss`.
 
     Returns:
@@ -236,13 +245,10 @@ def linear_dpo_loss(
         TypeError: As :func:`linear_mle_loss`.
         ValueError: As :func:`dpo_loss` and :func:`linear_mle_loss`.
         IndexError: As :func:`linear_mle_loss`.
-
-    References:
-        Rafailov et al., arXiv 2305.18290, eq. 7.
     """
     source, options = _open("linear_dpo_loss", input, linear_weight, common, precise=True)
-    pair = PairLossOptions(beta, loss_type, label_smoothing)
-    return run_dpo(source, target, ref_logps, pair, options)
+    pair = parse_pair_options(loss_type, beta, label_smoothing, simpo_gamma, discopop_tau)
+    return run_dpo(source, target, ref_logps, pair, SFTTerm(sft_weight, sft_num_items), options)
 
 
 def linear_token_stats(

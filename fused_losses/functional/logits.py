@@ -15,9 +15,9 @@ from fused_losses.functional.options import (
     parse_options,
     refuse_loss_options,
 )
-from fused_losses.functional.pairs import PairLossOptions, run_dpo
+from fused_losses.functional.pairs import SFTTerm, run_dpo
 from fused_losses.functional.token_level import run_statistics
-from fused_losses.preference import LossType
+from fused_losses.preference import LossType, parse_pair_options
 from fused_losses.stats import TokenStats
 from fused_losses.token_losses import TokenLoss
 
@@ -212,6 +212,10 @@ def dpo_loss(
     beta: float = 0.1,
     loss_type: LossType = "sigmoid",
     label_smoothing: float = 0.0,
+    simpo_gamma: float | None = None,
+    discopop_tau: float | None = None,
+    sft_weight: float = 0.0,
+    sft_num_items: float | Tensor | None = None,
     inplace: bool = False,
     **common: Unpack[SharedOptions],
 ) -> Tensor:
@@ -219,16 +223,33 @@ def dpo_loss(
 
     ``Delta = sum(logp - ref) over chosen - the same over rejected`` (9): per-token differences in
     fp32, then deterministic sums, then :func:`preference_loss` (10, 11). One read of the logits
-    forward; one read and one write backward.
+    forward; one read and one write backward. ``aot`` sorts over the batch of this call: what is
+    accumulated from several calls is not what one large call would give.
+
+    ``sft_weight`` adds its multiple of the mean negative log-likelihood over the counted tokens of
+    the chosen responses, in the same pass: TRL's ``rpo_alpha``, its ``"sft"`` loss type beside
+    another, and ``cpo_alpha``. TRL's CPO, SimPO and ORPO are ``cpo``, ``simpo`` and ``orpo`` with
+    ``sft_weight`` = ``cpo_alpha``, the same, and 1 (its ORPO takes the likelihood over the prompt
+    too; here tokens that do not count do not count). Mind what arXiv 2507.00018 reports: optimising
+    SFT and DPO at once, or in alternation, made performance swing. Its recipe is SFT first, then
+    DPO from there.
 
     Args:
         logits: (2B, T, V), rows [chosen; rejected] along dimension 0.
         target: (2B, T), int64 or int32; ``ignore_index`` outside the responses.
         ref_logps: Under the reference model, float32 or float64: per token (2B, T), or per sequence
-            (2B,), or None for no reference. Never differentiated.
-        beta: Strength of the tie to the reference, > 0.
-        loss_type: See :func:`preference_loss`.
-        label_smoothing: epsilon of (10), the share of pairs taken to be flipped.
+            (2B,), or None for no reference (``simpo``, ``cpo`` and ``orpo`` demand None). Never
+            differentiated.
+        beta: As in :func:`preference_loss`.
+        loss_type: See :func:`preference_loss`; lengths are the numbers of counted tokens.
+        label_smoothing: As in :func:`preference_loss`.
+        simpo_gamma: As in :func:`preference_loss`.
+        discopop_tau: As in :func:`preference_loss`.
+        sft_weight: Weight of the likelihood term, >= 0. With ``reduction="sum"`` the term is a sum
+            over tokens; ``"none"`` refuses it.
+        sft_num_items: Divisor of the likelihood term in place of the batch's chosen tokens, so that
+            micro-batches add up to one batch. None, where ``num_items`` is given: the mean over
+            this batch, weighted by its share of the ``num_items`` pairs, as TRL accumulates.
         inplace: Let backward overwrite the logits with their gradient.
         **common: See :class:`fused_losses.SharedOptions`; ``num_items`` counts pairs;
             ``token_weight`` and ``z_loss`` are refused.
@@ -246,8 +267,10 @@ def dpo_loss(
         Rafailov et al., arXiv 2305.18290, eq. 7.
     """
     options = parse_options("dpo_loss", common)
-    pair = PairLossOptions(beta, loss_type, label_smoothing)
-    return run_dpo(LogitsSource.of(logits, options, inplace), target, ref_logps, pair, options)
+    pair = parse_pair_options(loss_type, beta, label_smoothing, simpo_gamma, discopop_tau)
+    sft = SFTTerm(sft_weight, sft_num_items)
+    source = LogitsSource.of(logits, options, inplace)
+    return run_dpo(source, target, ref_logps, pair, sft, options)
 
 
 def token_stats(

@@ -24,7 +24,8 @@ class PairStats(NamedTuple):
         is_top1: Per token, as in :class:`TokenStats`.
         chosen_logps: (B,) summed log-probs of the chosen responses, nats.
         rejected_logps: (B,), the same of the rejected responses.
-        chosen_rewards: (B,) implicit rewards ``beta * sum(logp - ref)`` (12).
+        chosen_rewards: (B,) implicit rewards ``beta * sum(logp - ref)`` (12); for ``simpo`` and
+            ``orpo`` beta times the mean log-prob.
         rejected_rewards: (B,), the same of the rejected responses.
     """
 

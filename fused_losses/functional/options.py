@@ -139,7 +139,7 @@ def parse_options(function: str, given: Mapping[str, Any]) -> Options:
         check_number("softcap", options.softcap)
     check_number("logit_scale", options.logit_scale)
     check_number("temperature", options.temperature)
-    _check_num_items(options)
+    check_num_items("num_items", options.num_items, options.reduction)
     return options
 
 
@@ -198,20 +198,18 @@ def check_max_weight(max_weight: float) -> None:
         check_number("max_weight", max_weight, low=1.0)
 
 
-def _check_num_items(options: Options) -> None:
-    num_items = options.num_items
+def check_num_items(name: str, num_items: Any, reduction: str) -> None:
+    """Raise unless it is None, or a divisor for ``reduction="mean"``."""
     if num_items is None:
         return
-    if options.reduction != "mean":
-        raise ValueError(
-            f"num_items replaces the divisor of reduction='mean', got {options.reduction!r}"
-        )
+    if reduction != "mean":
+        raise ValueError(f"{name} replaces the divisor of reduction='mean', got {reduction!r}")
     if isinstance(num_items, Tensor):
         if num_items.dim() != 0:
             raise ValueError(
-                f"num_items must be a number or a 0-d tensor, got shape {tuple(num_items.shape)}"
+                f"{name} must be a number or a 0-d tensor, got shape {tuple(num_items.shape)}"
             )
         if torch.compiler.is_compiling() or num_items.device.type != "cpu":
             return  # looking at it would synchronise
         num_items = num_items.item()
-    check_number("num_items", num_items, low=0.0, closed=True)
+    check_number(name, num_items, low=0.0, closed=True)

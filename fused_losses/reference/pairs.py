@@ -1,13 +1,20 @@
-"""Preference losses on logits: reduce to one log-ratio per response, then ``preference_loss``."""
+"""Preference losses on logits: reduce to one log-ratio per response, then score the pairs."""
 
 from __future__ import annotations
 
 import warnings
 from typing import TYPE_CHECKING, Literal
 
+import torch
 from torch import Tensor
 
-from fused_losses.preference import LossType, preference_loss
+from fused_losses.preference import (
+    LossType,
+    Pairs,
+    parse_pair_options,
+    refuse_reference,
+    score,
+)
 from fused_losses.reference.rows import reduce, reference_logps, segment_sum
 from fused_losses.reference.stats import Transform, counted_stats
 
@@ -23,6 +30,10 @@ def dpo_loss(
     beta: float = 0.1,
     loss_type: LossType = "sigmoid",
     label_smoothing: float = 0.0,
+    simpo_gamma: float | None = None,
+    discopop_tau: float | None = None,
+    sft_weight: float = 0.0,
+    sft_num_items: float | Tensor | None = None,
     reduction: Literal["mean", "sum", "none"] = "mean",
     num_items: float | Tensor | None = None,
     token_weight: None = None,
@@ -39,6 +50,12 @@ def dpo_loss(
         beta: Strength of the tie to the reference, > 0.
         loss_type: See ``preference_loss``.
         label_smoothing: epsilon of (10), the share of pairs taken to be flipped.
+        simpo_gamma: See ``preference_loss``.
+        discopop_tau: See ``preference_loss``.
+        sft_weight: Adds its multiple of the mean negative log-likelihood of the chosen responses'
+            counted tokens (of the sum for ``reduction="sum"``; refused for ``none``).
+        sft_num_items: Replaces the number of those tokens; None: where ``num_items`` is given, the
+            mean is weighted by the batch's share of the ``num_items`` pairs.
         reduction: ``mean`` over the pairs with a counted token, ``sum``, or ``none``.
         num_items: Replaces the number of pairs in the mean.
         token_weight: Refused: a pair's loss is not a sum over tokens.
@@ -55,31 +72,39 @@ def dpo_loss(
         )
     if token_weight is not None or z_loss:
         raise ValueError("dpo_loss takes no token_weight or z_loss: its losses belong to pairs")
+    if sft_weight and reduction == "none":
+        raise ValueError("sft_weight is not taken with reduction='none'")
+    options = parse_pair_options(loss_type, beta, label_smoothing, simpo_gamma, discopop_tau)
+    refuse_reference(loss_type, "ref_logps", ref_logps)
     n_rows = target.shape[0]
     rows, stats = counted_stats(logits, target, **transform)
-    ratio, response = stats.logps, rows // max(target.numel() // max(n_rows, 1), 1)
+    logps, response = stats.logps, rows // max(target.numel() // max(n_rows, 1), 1)
     lengths = response.bincount(minlength=n_rows)
-    if ref_logps is not None and ref_logps.dim() > 1:
-        ref = reference_logps(ref_logps, target.shape, ratio.dtype)
-        ratios = segment_sum(ratio - ref.reshape(-1)[rows], response, n_rows)
-    else:
-        ratios = segment_sum(ratio, response, n_rows)
-    if ref_logps is not None and ref_logps.dim() == 1:
-        ref = reference_logps(ref_logps, target.shape[:1], ratio.dtype)
-        ratios = ratios - ref.masked_fill(lengths == 0, 0.0)
-
     if (lengths == 0).any():
         warnings.warn("a response has no counted token; its log-ratio is 0", stacklevel=2)
+    refs = logps.new_zeros(n_rows)
+    ratio = logps
+    if ref_logps is not None and ref_logps.dim() > 1:
+        ref = reference_logps(ref_logps, target.shape, logps.dtype).reshape(-1)[rows]
+        ratio, refs = ratio - ref, segment_sum(ref, response, n_rows)
+    ratios = segment_sum(ratio, response, n_rows)
+    if ref_logps is not None and ref_logps.dim() == 1:
+        ref = reference_logps(ref_logps, target.shape[:1], logps.dtype)
+        refs = ref.masked_fill(lengths == 0, 0.0)
+        ratios = ratios - refs
+
     n_w, n_l = lengths.chunk(2)
-    pairs = (n_w + n_l).nonzero().squeeze(-1)
+    at = (n_w + n_l).nonzero().squeeze(-1)
     l_w, l_l = ratios.chunk(2)
-    losses, _, _ = preference_loss(
-        l_w[pairs],
-        l_l[pairs],
-        beta=beta,
-        loss_type=loss_type,
-        label_smoothing=label_smoothing,
-        chosen_lengths=n_w[pairs],
-        rejected_lengths=n_l[pairs],
-    )
-    return reduce(losses, pairs, n_w.shape, reduction, num_items)
+    ref_w, ref_l = refs.chunk(2)
+    margin = None if ref_logps is None else (ref_w - ref_l)[at]
+    losses = score(Pairs(l_w[at], l_l[at], options, n_w[at], n_l[at], margin))
+    loss = reduce(losses, at, n_w.shape, reduction, num_items)
+    if not sft_weight:
+        return loss
+    nll = -logps[response < n_rows // 2]
+    chosen = torch.arange(len(nll), device=nll.device)
+    sft = reduce(nll, chosen, nll.shape, reduction, sft_num_items)
+    if num_items is not None and sft_num_items is None:
+        sft = sft * (len(at) / float(num_items) if float(num_items) else 0.0)
+    return loss + sft_weight * sft

@@ -46,7 +46,6 @@ class PostTrainer(Trainer):
         needs_reference: bool,
         **trainer: Any,
     ) -> None:
-        _check_args(args, self.config_class)
         if isinstance(model, str):
             processing_class = processing_class or AutoTokenizer.from_pretrained(model)
             model = AutoModelForCausalLM.from_pretrained(model)
@@ -254,7 +253,8 @@ class PostTrainer(Trainer):
         return self.accelerator.reduce(t, "sum")
 
 
-def _check_args(args: Any, expected: type) -> None:
+def check_args(args: Any, expected: type) -> None:
+    """Raise unless the trainer was given its own config."""
     if not isinstance(args, expected):
         raise TypeError(f"args must be a {expected.__name__}, got {type(args).__name__}")
 

@@ -217,7 +217,9 @@ class DPOConfig(PostTrainingConfig):
             )
         # The library's own checks, before anything is loaded: one pair of zeros.
         logps, one = torch.full((1,), -1.0), torch.ones(1)
-        preference_loss(logps, logps, chosen_lengths=one, rejected_lengths=one, **self._pair_options)
+        preference_loss(
+            logps, logps, chosen_lengths=one, rejected_lengths=one, **self._pair_options
+        )
         _check_range("sft_weight", self.sft_weight, self.sft_weight >= 0.0, ">= 0")
 
     @property

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from fused_losses import PairStats, linear_dpo_loss
-from fused_losses.trainer.base import PostTrainer
+from fused_losses.trainer.base import PostTrainer, check_args
 from fused_losses.trainer.config import DPOConfig
 from fused_losses.trainer.data import SIDES
 from fused_losses.trainer.telemetry import Sums, pair_sums, token_sums
@@ -65,6 +65,7 @@ class DPOTrainer(PostTrainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
+        check_args(args, self.config_class)
         super().__init__(
             model,
             args,

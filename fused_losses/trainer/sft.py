@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from fused_losses import TOKEN_LOSSES, TokenLoss, TokenStats, linear_token_loss
-from fused_losses.trainer.base import PostTrainer
+from fused_losses.trainer.base import PostTrainer, check_args
 from fused_losses.trainer.config import SFTConfig
 from fused_losses.trainer.data import IGNORE
 from fused_losses.trainer.telemetry import Sums, log_ratios, token_sums, weight_sums
@@ -65,6 +65,7 @@ class SFTTrainer(PostTrainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
+        check_args(args, self.config_class)
         if loss is not None and not isinstance(loss, TokenLoss):
             raise TypeError(
                 "loss must be a fused_losses.TokenLoss; a member of TOKEN_LOSSES goes by name into "

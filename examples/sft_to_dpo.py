@@ -28,6 +28,7 @@ from storage import atomic_file, atomic_folder
 from transformers import set_seed
 
 from fused_losses.trainer import DPOTrainer, RewardStabilizationCallback, SFTTrainer
+from fused_losses.trainer.fingerprint import model_fingerprint
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
@@ -161,9 +162,8 @@ def finished(folder: Path, identity: str) -> bool:
 def sft_identity(configs: dict[str, Any], model: Any, *data: Any) -> str:
     """Name everything that the SFT model depends on: options, start weights and data."""
     shared = {k: configs["pipeline"][k] for k in ("early_exit", "window", "tolerance", "seed")}
-    weights = [float(p.double().square().sum()) for p in model.parameters()]
     rows = [dataset.to_dict() for dataset in data]
-    text = json.dumps([shared, configs["sft"], weights, rows], default=str)
+    text = json.dumps([shared, configs["sft"], model_fingerprint(model), rows], default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

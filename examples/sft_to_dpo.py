@@ -30,6 +30,8 @@ from transformers import set_seed
 from fused_losses.trainer import DPOTrainer, RewardStabilizationCallback, SFTTrainer
 from fused_losses.trainer.fingerprint import model_fingerprint
 
+MARK = "made_from.txt"  # in the folder of a model: what it was made from
+
 
 def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
     """Run both stages; return the last held-out metrics of each."""
@@ -85,6 +87,8 @@ def run_sft(
 ) -> None:
     """Train on the completions and save the model; stop early when the reward has settled."""
     logs = Path(options.pipeline.output) / "sft.jsonl"
+    # From the first log on, the logs are no longer those of a model that is there.
+    (folder / MARK).unlink(missing_ok=True)
     settled = RewardStabilizationCallback(options.pipeline.window, options.pipeline.tolerance)
     watching = [settled] if options.pipeline.early_exit else []
     set_seed(options.pipeline.seed)
@@ -148,13 +152,13 @@ def save(trainer: Any, tokenizer: Any, folder: Path, identity: str) -> None:
     with atomic_folder(folder) as partial:
         trainer.model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        (partial / "made_from.txt").write_text(identity, "utf-8")
+        (partial / MARK).write_text(identity, "utf-8")
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def finished(folder: Path, identity: str) -> bool:
     """Whether the folder holds the SFT model that these options would make."""
-    mark = folder / "made_from.txt"
+    mark = folder / MARK
     logs = folder.parent.parent / "sft.jsonl"
     return mark.is_file() and logs.is_file() and mark.read_text("utf-8") == identity
 

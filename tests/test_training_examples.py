@@ -1,0 +1,113 @@
+"""The short training examples run on a tiny model and do what they say."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+sys.path.insert(0, str(EXAMPLES))
+
+pytest.importorskip("datasets", reason="the trainers read datasets")
+pytest.importorskip("accelerate", reason="transformers' Trainer needs it")
+
+import tiny_training  # noqa: E402
+import training_sets  # noqa: E402
+
+FILES = ["sft.py", "dpo.py", "trl_dpo.py", "accelerate_loop.py", "lora.py"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """More threads only wait for each other over so small a model."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def names(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny_training.llama().save_pretrained(folder)
+    tiny_training.tokenizer().save_pretrained(folder)
+    path = folder / "data.jsonl"
+    rows = [
+        {
+            "task_id": i,
+            "prompt": f"add {i}\n",
+            "completion": f"x + {i}\n",
+            "chosen": f"x + {i}\n",
+            "rejected": f"x - {i}\n",
+        }
+        for i in range(24)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return ["--model", str(folder), "--dataset", str(path), "--learning-rate", "1e-2"]
+
+
+def test_sft_lifts_the_implicit_reward(names: list[str], tmp_path: Path) -> None:
+    import sft
+
+    after = sft.main([*names, "--steps", "6", "--output", str(tmp_path)])
+    assert after["eval_rewards/implicit"] > 0.1
+    assert after["eval_loss"] < -0.1  # hellinger starts at 0, at the reference
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", "simpo"])
+def test_dpo_widens_the_margin(loss_type: str, names: list[str], tmp_path: Path) -> None:
+    import dpo
+
+    loss = ["--loss-type", loss_type]
+    after = dpo.main([*names, *loss, "--steps", "8", "--output", str(tmp_path)])
+    assert after["eval_rewards/margins"] > 0.05
+
+
+def test_trl_trains_on_this_engine(names: list[str], tmp_path: Path) -> None:
+    pytest.importorskip("trl")
+    import trl_dpo
+
+    logs = trl_dpo.main([*names, "--steps", "4", "--output", str(tmp_path)])
+    assert logs[0]["loss"] == pytest.approx(0.6931, abs=1e-3)  # log 2, at the reference
+    assert logs[-1]["loss"] < 0.6
+
+
+def test_the_accelerate_loop_lowers_the_loss(names: list[str]) -> None:
+    import accelerate_loop
+
+    losses = accelerate_loop.main([*names, "--steps", "6"])
+    assert losses[0] == pytest.approx(0.0, abs=1e-5)  # at the reference
+    assert losses[-1] < -0.1
+
+
+def test_lora_keeps_the_base_model_as_reference_of_both_stages(
+    names: list[str], tmp_path: Path
+) -> None:
+    pytest.importorskip("peft")
+    import lora
+
+    after = lora.main([*names, "--steps", "6", "--output", str(tmp_path)])
+    # SFT lifted the chosen answers above the base model; DPO has not lost that yet.
+    assert after["eval_rewards/implicit"] > 0.01
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_an_example_is_under_a_hundred_lines(file: str) -> None:
+    assert len((EXAMPLES / file).read_text().splitlines()) < 100
+
+
+def test_long_rows_are_left_out_and_no_task_is_on_both_sides(names: list[str]) -> None:
+    data = training_sets.load(
+        tiny_training.tokenizer(), names[3], examples=12, heldout=4, max_tokens=14
+    )
+    assert (len(data.train), len(data.heldout)) == (6, 4)  # ten of the tasks have one digit
+    assert len(data.train_pairs) == 6
+    assert set(data.train["prompt"]).isdisjoint(data.heldout["prompt"])
+    with pytest.raises(SystemExit, match="raise --max_tokens"):
+        training_sets.load(tiny_training.tokenizer(), names[3], max_tokens=5)

@@ -63,7 +63,7 @@ def value_agreement(
     References:
         Implicit Reward as the Bridge, arXiv 2507.00018 (value dominance).
     """
-    from scipy.stats import kendalltau  # type: ignore[import-untyped]
+    from scipy.stats import kendalltau
 
     per_text = []
     for text in texts:

@@ -10,6 +10,7 @@ SHELL := bash
 PYTHON ?= python3
 JOBS ?= 2
 DEMO_ARGS ?=
+PIPELINE_ARGS ?=
 TEST_ARGS ?=
 BENCH_ARGS ?=
 REPORT_ARGS ?=
@@ -33,7 +34,7 @@ awk '/(Downloading|Using cached) .*\([0-9.]+ MB\)/ { size = $$NF == "MB)" ? $$(N
      /^Installing collected packages/ { print "    installing " gsub(/,/, ",") + 1 " packages"; fflush() }'
 endef
 
-.PHONY: help demo test lint typecheck bench bench-report kernel-report gpu clean distclean
+.PHONY: help demo pipeline test lint typecheck bench bench-report kernel-report gpu clean distclean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -72,6 +73,9 @@ demo: $(READY)  ## Fine-tune a real model with every loss, then DPO: a table and
 # One thread per worker: two workers of two threads each are slower than one on a machine of 2 cores.
 test: $(READY)  ## Run the test suite; without a GPU the kernels run in Triton's interpreter
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -p no:benchmark -n $(JOBS) --dist worksteal $(TEST_ARGS)
+
+pipeline: $(READY)  ## SFT until the reward settles, then DPO: configs, logs, curves and models
+	@$(PY) examples/sft_to_dpo.py $(PIPELINE_ARGS)
 
 lint: $(READY)  ## Check style and formatting
 	@$(PY) -m ruff check .

@@ -44,8 +44,8 @@ def test_the_training_of_readme_runs_as_printed(monkeypatch, tmp_path):
         "inputs": {"input_ids": ids},
         "labels": ids,
         "tokenizer": tokenizer(),
-        "demonstrations": sft_rows(8),
-        "pairs": pair_rows(8),
+        "demonstrations": sft_rows(32),
+        "pairs": pair_rows(32),
         "args": trl.SFTConfig("trl", max_steps=2, use_cpu=True, bf16=False, report_to="none"),
         "data": Dataset.from_dict({"input_ids": [[1, 2, 3, 4], [5, 6, 7, 8]]}),
     }

@@ -63,7 +63,8 @@ def smollm2_folder() -> Path:
     folder = cache_dir() / f"smollm2-135m-instruct-{version}-v{CACHE_FORMAT}"
     if not folder.is_dir():
         with atomic_folder(folder) as partial:
-            _convert(gguf, partial)
+            for part in read_gguf(gguf):
+                part.save_pretrained(partial)
     return folder
 
 
@@ -86,22 +87,22 @@ def gguf_file() -> Path:
     return files[0]
 
 
-def _convert(gguf: Path, folder: Path) -> None:
+def read_gguf(file: Path) -> tuple[nn.Module, Any]:
+    """Return ``(model, tokenizer)`` of the package's file: dequantised, fp32, an ordinary model."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
     if importlib.util.find_spec("gguf") is None:
         raise SystemExit("Reading the default model needs the package gguf: pip install gguf")
-    source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+    source = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
     quantised = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
     config = quantised.config
     # The weights are plain fp32 by now, but the config still says GGUF and the model refuses to
-    # be saved; a fresh model without that entry takes them over.
+    # be trained or saved; a fresh model without that entry takes them over.
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     plain = LlamaForCausalLM(config)
     plain.load_state_dict(quantised.state_dict())
-    plain.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
+    return plain, AutoTokenizer.from_pretrained(**source)
 
 
 def hidden_states(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ With N tokens in b blocks and a vocabulary of V in k ranges, c, l and a the byte
 a logit and of an accumulator, x = NDc and w = VDc the bytes of hidden states and head:
 
     logits        2NDV FLOPs    read k x and b w, write NVl
-    row pass                    read NVl; with exponentials write NVc
+    row pass                    read NVl; with exponentials or the gradient write NVc
     row gradient                read NVl, write NVc
     dX            2NDV          read NVc and b w; write and read again (2k - 1) NDa
     dW            2NDV          read NVc and k x; write and read again (2b - 1) VDa; with b > 1 one
@@ -102,6 +102,8 @@ def product_names(route: Route, shape: LinearShape) -> list[str]:
         gradient = [logits, *gradient]
     elif shape.exponentials:
         passes, gradient = ["row pass with exponentials"], []
+    elif route == "token" and shape.backend == "torch":
+        passes, gradient = ["row pass with gradient"], []
     between = ["loss function"] * (route == "unit")
     products = ["dX += dz W"] * shape.need_dx + ["dW += dz' X"] * shape.need_dw
     return [logits, *passes, *between, *gradient, *products]
@@ -124,6 +126,7 @@ def bytes_moved(route: Route, tokens: int, shape: LinearShape, blocks: int, rang
         "z = X W'": ranges * x * c + blocks * w * c + logits,
         "row pass": logits,
         "row pass with exponentials": logits + gradient,
+        "row pass with gradient": logits + gradient,
         "row gradient": logits + gradient,
         "loss function": 0,
         "dX": gradient + blocks * w * c + (2 * ranges - 1) * x * (a if ranges > 1 else c),

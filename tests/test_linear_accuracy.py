@@ -108,8 +108,9 @@ def _check_gradients(loss: Loss, batch: HeadBatch, ref: Tensor, cap: float, **op
         ratio = rows / rival_rows.clamp(min=median)
         if dtype == torch.float32:
             # All words of a token share the error of its log-normaliser, and eager's may happen to
-            # be tiny: a few rows of dw are beyond the factor, whoever computes them.
-            assert (ratio > EAGER_FACTOR).double().mean() <= 0.03, name
+            # be tiny: a few rows of dw are beyond the factor, and ten times as many of eager's.
+            beyond, eagers = (ratio > EAGER_FACTOR).sum(), (ratio < 1 / EAGER_FACTOR).sum()
+            assert beyond <= 0.1 * eagers, name
             assert ratio.max() <= 16.0, name
         else:
             assert ratio.max() <= EAGER_FACTOR, name

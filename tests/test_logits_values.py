@@ -21,7 +21,7 @@ from torch import Tensor
 
 import fused_losses
 from fused_losses import TOKEN_LOSSES
-from fused_losses.backends import Objective, RowMaths, lines, load_backend
+from fused_losses.backends import Coefficients, Objective, RowMaths, lines, load_backend
 
 B, T, V = 4, 5, 37
 BLOCK = 8
@@ -296,7 +296,7 @@ def test_a_bad_label_behind_the_checks_makes_its_row_nan_and_reads_no_other(
         assert rows[line].isnan().tolist() == [False, True, False]
     assert rows[lines.TOP1, 1] == 0.0
     assert e[good].isfinite().all()
-    passes.row_gradient(z, y, rows, dlogp=rows[lines.DLOGP], dz=dz, **options)
+    passes.row_gradient(z, y, rows, Coefficients(rows[lines.DLOGP]), dz=dz, **options)
     assert dz[1].isnan().all()
     scaled = -(rows[lines.DLOGP] / rows[lines.SUM])[:, None] * e
     assert torch.allclose(scaled[good], dz[good], rtol=1e-5, atol=1e-8)

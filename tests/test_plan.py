@@ -204,7 +204,7 @@ def test_the_model_is_the_table_that_is_written_down() -> None:
 def test_of_several_routes_the_cheapest_is_taken(
     shape: LinearShape, tokens: int, factor: float
 ) -> None:
-    budget = int(_least("token", shape) * factor)
+    budget = int(max(_least("token", shape), _least("recompute", shape)) * factor)
     both = plan_linear(["token", "recompute"], tokens, shape, budget)
 
     def price(plan: Plan) -> float:

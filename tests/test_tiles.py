@@ -14,7 +14,7 @@ from torch import Tensor
 
 import fused_losses
 from fused_losses import reference
-from fused_losses.backends import Objective, RowMaths, lines, load_backend
+from fused_losses.backends import Coefficients, Objective, RowMaths, lines, load_backend
 from fused_losses.plan import forced_route
 from fused_losses.token_losses import TOKEN_LOSSES
 
@@ -99,18 +99,15 @@ def test_a_row_gradient_in_ranges_is_that_of_whole_rows(backend, cuts):
     y = torch.tensor([0, 60, 33, -100, 20])
     maths = RowMaths(softcap=4.0)
     rows, _ = in_ranges(backend, z, y, [0, V], maths=maths, entropy=True)
-    c = {
-        name: torch.randn(5, generator=g, dtype=torch.float64)
-        for name in ("dlogp", "dlse", "dmean", "dentropy")
-    }
+    c = Coefficients(*torch.randn(4, 5, generator=g, dtype=torch.float64))
     row_gradient = load_backend(backend).row_gradient
     whole = torch.full_like(z, math.nan)
-    row_gradient(z, y, rows, maths=maths, ignore_index=-100, dz=whole, **c)
+    row_gradient(z, y, rows, c, maths=maths, ignore_index=-100, dz=whole)
     for start, stop in itertools.pairwise(cuts):
         dz = torch.full((5, stop - start), math.nan, dtype=torch.float64)
         row_gradient(
-            z[:, start:stop], y, rows, maths=maths, ignore_index=-100, dz=dz,
-            first_column=start, vocabulary=V, **c,
+            z[:, start:stop], y, rows, c, maths=maths, ignore_index=-100, dz=dz,
+            first_column=start, vocabulary=V,
         )  # fmt: skip
         torch.testing.assert_close(dz, whole[:, start:stop], rtol=1e-13, atol=1e-15)
 

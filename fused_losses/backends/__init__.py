@@ -1,7 +1,15 @@
 """The row passes that the engine calls, per backend; the choice of backend."""
 
-from fused_losses.backends.base import Backend, Objective, RowMaths
+from fused_losses.backends.base import Backend, Coefficients, Objective, RowMaths
 from fused_losses.backends.select import load_backend, resolve_backend
 from fused_losses_kernels import lines
 
-__all__ = ["Backend", "Objective", "RowMaths", "lines", "load_backend", "resolve_backend"]
+__all__ = [
+    "Backend",
+    "Coefficients",
+    "Objective",
+    "RowMaths",
+    "lines",
+    "load_backend",
+    "resolve_backend",
+]

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from fused_losses.token_losses import TokenLoss
+from fused_losses_kernels import lines
 
 # Scratch of the torch backend per block of rows: small enough for the cache, large enough for torch
 # to use its threads. The planner counts it.
-BLOCK_BYTES = 2 * 2**20
+BLOCK_BYTES = 4 * 2**20
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,43 @@ class RowMaths:
         """Bound of |z|, None without softcap."""
         return None if self.softcap is None else self.softcap / self.temperature
 
+    @property
+    def factor(self) -> float:
+        """The constant part of d z / d raw."""
+        return self.pre * (1.0 if self.cap is None else self.cap)
+
+
+@dataclass(frozen=True)
+class Coefficients:
+    """What each row's gradient is made of, (N,) each; None is zero.
+
+    Attributes:
+        dlogp: d loss / d logp.
+        dlse: d loss / d lse.
+        dmean: d loss / d of the mean logit.
+        dentropy: d loss / d entropy.
+    """
+
+    dlogp: Tensor
+    dlse: Tensor | None = None
+    dmean: Tensor | None = None
+    dentropy: Tensor | None = None
+
+    def at(self, place: slice | Tensor) -> Coefficients:
+        """Take those of some rows."""
+        return self.map(lambda t: t[place])
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> Coefficients:
+        """Apply a function to those that are there."""
+        optional = (self.dlse, self.dmean, self.dentropy)
+        return Coefficients(fn(self.dlogp), *(None if t is None else fn(t) for t in optional))
+
+    def largest(self) -> Tensor:
+        """The largest magnitude of all, 0-d, positive."""
+        given = [t for t in (self.dlogp, self.dlse, self.dmean, self.dentropy) if t is not None]
+        largest = torch.stack([t.abs().amax() for t in given]).amax()
+        return largest.clamp(min=torch.finfo(largest.dtype).tiny)
+
 
 @dataclass(frozen=True)
 class Objective:
@@ -42,6 +82,13 @@ class Objective:
     max_weight: float = 4.0
     label_smoothing: float = 0.0
     z_loss: float = 0.0
+
+    def coefficients(self, weight: Tensor, rows: Tensor) -> Coefficients:
+        """Return what ``sum(weight * loss)`` gives, from row results (LINES, N); weight is (N,)."""
+        eps = self.label_smoothing
+        dlse = weight * rows[lines.DLSE] if eps or self.z_loss else None
+        dmean = -eps * weight if eps else None
+        return Coefficients(weight * rows[lines.DLOGP], dlse, dmean)
 
 
 class Backend(Protocol):
@@ -67,6 +114,8 @@ class Backend(Protocol):
         ref: Tensor | None = None,
         value: Tensor | None = None,
         exponentials: Tensor | None = None,
+        gradient: Tensor | None = None,
+        weight: Tensor | None = None,
         entropy: bool = False,
         top1: bool = False,
         overwrite: bool = False,
@@ -80,6 +129,8 @@ class Backend(Protocol):
         ``alpha / SUM * pre`` times it is the gradient of a loss with ``d loss / d logp = -alpha``.
         With a range of columns the target's entry is 0: its sum is not known yet, and SHIFT is the
         one so far.
+        ``gradient`` (N, V), maybe z itself, gets the gradient of ``sum(weight * LOSS)`` instead;
+        whole rows only.
         ``overwrite`` allows the pass to use z as its scratch memory.
         """
 
@@ -88,18 +139,15 @@ class Backend(Protocol):
         z: Tensor,
         y: Tensor,
         rows: Tensor,
+        c: Coefficients,
         *,
         maths: RowMaths,
         ignore_index: int,
-        dlogp: Tensor,
-        dlse: Tensor | None = None,
-        dmean: Tensor | None = None,
-        dentropy: Tensor | None = None,
         dz: Tensor,
         first_column: int = 0,
         vocabulary: int | None = None,
     ) -> None:
-        """Fill ``dz`` (z's shape, contiguous rows, maybe z) from per-row coefficients (N,)."""
+        """Fill ``dz`` (z's shape, contiguous rows, maybe z) from the coefficients of its rows."""
 
     def segment_sum(self, x: Tensor, offsets: Tensor) -> Tensor:
         """Return the sums of ``x[offsets[i] : offsets[i + 1]]``, deterministically."""

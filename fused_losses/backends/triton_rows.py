@@ -7,7 +7,7 @@ import contextlib
 import torch
 from torch import Tensor
 
-from fused_losses.backends.base import Objective, RowMaths
+from fused_losses.backends.base import Coefficients, Objective, RowMaths
 from fused_losses_kernels import row_gradient as gradient_kernel
 from fused_losses_kernels import row_pass as forward_kernel
 from fused_losses_kernels import segment_sum as segment_kernel
@@ -28,6 +28,8 @@ def row_pass(
     ref: Tensor | None = None,
     value: Tensor | None = None,
     exponentials: Tensor | None = None,
+    gradient: Tensor | None = None,
+    weight: Tensor | None = None,
     entropy: bool = False,
     top1: bool = False,
     overwrite: bool = False,
@@ -57,19 +59,19 @@ def row_pass(
             first_column=first_column,
             V=vocabulary or z.shape[-1],
         )
+    if gradient is not None and o is not None and weight is not None:
+        c = o.coefficients(weight, rows)
+        row_gradient(z, y, rows, c, maths=maths, ignore_index=ignore_index, dz=gradient)
 
 
 def row_gradient(
     z: Tensor,
     y: Tensor,
     rows: Tensor,
+    c: Coefficients,
     *,
     maths: RowMaths,
     ignore_index: int,
-    dlogp: Tensor,
-    dlse: Tensor | None = None,
-    dmean: Tensor | None = None,
-    dentropy: Tensor | None = None,
     dz: Tensor,
     first_column: int = 0,
     vocabulary: int | None = None,
@@ -80,10 +82,10 @@ def row_gradient(
             z,
             y,
             rows,
-            dlogp=dlogp.contiguous(),
-            dlse=_contiguous(dlse),
-            dmean=_contiguous(dmean),
-            dentropy=_contiguous(dentropy),
+            dlogp=c.dlogp.contiguous(),
+            dlse=_contiguous(c.dlse),
+            dmean=_contiguous(c.dmean),
+            dentropy=_contiguous(c.dentropy),
             dz=dz,
             ignore_index=ignore_index,
             pre=maths.pre,

@@ -42,9 +42,13 @@ class Chunk:
         call.head.logits(self.x, z)
 
     def row_pass(self, *, exponentials: bool = False, **options: Any) -> None:
-        """Fill ``rows`` and, if asked, ``dz`` with exponentials; see ``Backend.row_pass``."""
+        """Fill ``rows``, and ``dz`` with exponentials or, given weights, the gradient.
+
+        The options are those of ``Backend.row_pass``, per-row ones for all rows of the call.
+        """
         call = self._call
-        for name in ("ref", "value"):
+        weighted = options.get("weight") is not None
+        for name in ("ref", "value", "weight"):
             if options.get(name) is not None:
                 options[name] = options[name][self.at]
         call.backend.row_pass(
@@ -54,6 +58,8 @@ class Chunk:
             maths=call.maths,
             ignore_index=call.ignore_index,
             exponentials=self.dz if exponentials else None,
+            gradient=self.dz if weighted else None,
+            overwrite=weighted,
             **options,
         )
         self._exponentials = exponentials
@@ -73,12 +79,9 @@ class Chunk:
             self.z,
             self.y,
             self.rows,
+            c,
             maths=call.maths,
             ignore_index=call.ignore_index,
-            dlogp=c.dlogp,
-            dlse=c.dlse,
-            dmean=c.dmean,
-            dentropy=c.dentropy,
             dz=self.dz,
         )
 
@@ -98,8 +101,7 @@ class Chunk:
             at_y = torch.where(good, self.y, 0).to(torch.int64)[:, None]
             entry = self.dz.gather(1, at_y) + extra[:, None].to(self.dz.dtype)
             self.dz.scatter_(1, at_y, entry)
-        factor = maths.pre * (1.0 if maths.cap is None else maths.cap)
-        scale = alpha * factor / s
+        scale = alpha * maths.factor / s
         return scale.masked_fill(self.y == self._call.ignore_index, 0.0)
 
 

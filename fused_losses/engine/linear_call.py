@@ -1,4 +1,4 @@
-"""What the operators of the linear path share: planning a call, and a token loss's coefficients."""
+"""What the operators of the linear path share: planning a call."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fused_losses.backends import Objective, RowMaths
+from fused_losses.backends import RowMaths
 from fused_losses.engine.head import Head
 from fused_losses.engine.head_call import HeadCall, counted_positions
-from fused_losses.engine.rows import Coefficients, lines
 from fused_losses.plan import LinearShape, Route, plan_linear
 
 Dtypes = tuple[torch.dtype, torch.dtype, torch.dtype]  # of computing, logits, dw's accumulator
@@ -72,11 +71,3 @@ def or_empty(t: Tensor | None, like: Tensor) -> Tensor:
 def deferred(compute_dtype: torch.dtype) -> bool:
     """Whether the factor 1 / count is applied in backward: fp16 dz would be flushed by it."""
     return compute_dtype == torch.float16
-
-
-def token_coefficients(objective: Objective, weight: Tensor, rows: Tensor) -> Coefficients:
-    """Return what the weights (N,) of token losses give, from the row results (LINES, N)."""
-    eps = objective.label_smoothing
-    dlse = weight * rows[lines.DLSE] if eps or objective.z_loss else None
-    dmean = -eps * weight if eps else None
-    return Coefficients(weight * rows[lines.DLOGP], dlse, dmean)

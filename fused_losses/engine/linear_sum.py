@@ -21,7 +21,6 @@ from fused_losses.engine.linear_call import (
     linear_shape,
     open_call,
     or_empty,
-    token_coefficients,
 )
 from fused_losses.engine.once import once_differentiable
 from fused_losses.engine.registry import unpack
@@ -100,20 +99,23 @@ def _run(
     if route == "recompute":
         for _ in blocks_of(call, **row_options):
             pass
-        c = token_coefficients(objective, weight, call.rows)
+        c = objective.coefficients(weight, call.rows)
         return recompute(call, call.rows, c, needs, accum_dtype)
     sums = GradientSums(call, needs, accum_dtype)
     if route == "frozen":
         for block in blocks_of(call, keep=True, **row_options):
             if sums.dx is not None and block.kept is not None:
-                c = token_coefficients(objective, weight[block.at], block.rows)
+                c = objective.coefficients(weight[block.at], block.rows)
                 head = call.head.weight
                 dx = hidden_gradient(block.kept, block.y, block.rows, c, head, call.maths)
                 sums.dx[block.at] = dx.to(sums.dx.dtype)
         return sums
     for chunk in chunks_of(call):
-        chunk.row_pass(exponentials=shape.exponentials, **row_options)
-        chunk.differentiate(token_coefficients(objective, weight[chunk.at], chunk.rows))
+        if shape.exponentials:
+            chunk.row_pass(exponentials=True, **row_options)
+            chunk.differentiate(objective.coefficients(weight[chunk.at], chunk.rows))
+        else:
+            chunk.row_pass(weight=weight, **row_options)
         add_chunk(sums, chunk)
     return sums
 

@@ -107,12 +107,9 @@ def _write(
         z,
         y,
         rows,
+        c,
         maths=unpack("", options)[0],
         ignore_index=ignore_index,
-        dlogp=c.dlogp,
-        dlse=c.dlse,
-        dmean=c.dmean,
-        dentropy=c.dentropy,
         dz=dz,
     )
 

@@ -91,21 +91,16 @@ def _finish(kept: Tensor, call: HeadCall, y: Tensor, rows: Tensor) -> None:
     slope = target_slope(rows, call.maths)
     if len(call.plan.columns) > 1:
         # Ranges leave the target out; subtracted from 1 - p_y, not from 1, nothing cancels.
-        factor = maths_factor(call.maths)
+        factor = call.maths.factor
         at_y = rows[lines.REST] * rows[lines.SUM] * slope / factor
         kept.sub_(target_rows(call.head.weight, y) * at_y[:, None])
-    scale = maths_factor(call.maths) / rows[lines.SUM]
+    scale = call.maths.factor / rows[lines.SUM]
     kept.mul_(scale.masked_fill(y == call.ignore_index, 0.0)[:, None])
-
-
-def maths_factor(maths: RowMaths) -> float:
-    """The constant part of d z / d raw."""
-    return maths.pre * (1.0 if maths.cap is None else maths.cap)
 
 
 def target_slope(rows: Tensor, maths: RowMaths) -> Tensor:
     """Return d z_y / d raw_y of each row, (N,)."""
-    slope = torch.full_like(rows[lines.LOGP], maths_factor(maths))
+    slope = torch.full_like(rows[lines.LOGP], maths.factor)
     if maths.cap is not None:
         tanh = (rows[lines.LOGP] + rows[lines.LSE]) / maths.cap
         slope = slope * (1.0 - tanh * tanh)
@@ -156,12 +151,9 @@ def recompute(
                     z,
                     y,
                     block,
+                    of,
                     maths=call.maths,
                     ignore_index=call.ignore_index,
-                    dlogp=of.dlogp,
-                    dlse=of.dlse,
-                    dmean=of.dmean,
-                    dentropy=of.dentropy,
                     dz=dz,
                     first_column=columns.start,
                     vocabulary=call.head.vocabulary,

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import pair_cases
 import pytest
 import torch
 from torch import Tensor
@@ -135,11 +136,12 @@ def _draw_sequence(draw: Draw, case: Case, ref: Tensor) -> None:
 
 def _draw_dpo(draw: Draw, case: Case, ref: Tensor) -> None:
     case.function = "dpo_loss"
-    loss_type = draw.rng.choice(["sigmoid", "hinge", "ipo", "robust"])
-    case.options["loss_type"] = loss_type
-    if loss_type in ("sigmoid", "robust"):
-        case.options["label_smoothing"] = 0.1
-    case.args = [draw.rng.choice([ref, None, ref.nan_to_num(0.0).sum(1)])]
+    options = draw.rng.choice(list(pair_cases.CASES.values()))
+    case.options |= options
+    references = [ref, None, ref.nan_to_num(0.0).sum(1)]
+    case.args = [
+        draw.rng.choice(references) if pair_cases.takes_reference(options["loss_type"]) else None
+    ]
     _draw_reduction(draw, case)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -193,8 +194,10 @@ class PostTrainer(Trainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor, None, None]:
         """Loss and telemetry of a batch; there are no logits to return."""
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
+        inputs = _without_repeats(self._prepare_inputs(inputs), self.accelerator)
+        with torch.no_grad(), self.compute_loss_context_manager(), warnings.catch_warnings():
+            # Repeats are masked whole.
+            warnings.filterwarnings("ignore", "target rows .* have no counted token")
             loss = self.compute_loss(model, inputs)
         return loss.detach(), None, None
 
@@ -270,6 +273,23 @@ def _check_setting(model: Any, args: Any) -> None:
             "config.output_router_logits=True: the router's auxiliary loss is not part of these "
             "losses; set it to False"
         )
+
+
+def _without_repeats(inputs: dict[str, Tensor], accelerator: Any) -> dict[str, Tensor]:
+    """Mask the rows that only fill up a last batch, so that every process has as many."""
+    state = accelerator.gradient_state
+    if accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
+        return inputs
+    n = inputs["row"].numel()
+    # As accelerate's gather_for_metrics: of all processes' rows in order, so many are new.
+    new = min(max(state.remainder - n * accelerator.process_index, 0), n)
+    labels = inputs["labels"]
+    if "segment_ids" in inputs:
+        labels = labels.masked_fill(inputs["segment_ids"] >= new, IGNORE)
+    else:
+        labels = labels.clone()
+        labels.view(-1, n, labels.shape[-1])[:, new:] = IGNORE
+    return inputs | {"labels": labels, "row": inputs["row"][:new]}
 
 
 def _each(datasets: Any, change: Callable[[Any, str], Dataset]) -> Any:

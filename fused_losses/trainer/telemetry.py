@@ -102,7 +102,7 @@ def pair_sums(stats: PairStats, labels: Tensor) -> Sums:
     """Sum what TRL's DPOTrainer logs of pairs; accuracy over the chosen tokens, as there."""
     chosen, rejected = stats.chosen_rewards, stats.rejected_rewards
     B = chosen.numel()
-    n = torch.full((), B, device=chosen.device)
+    n = (labels != IGNORE).view(2, B, -1).any(2).any(0).sum()
     return {
         "rewards/chosen": (chosen.sum(), n),
         "rewards/rejected": (rejected.sum(), n),

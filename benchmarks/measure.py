@@ -49,7 +49,7 @@ class Effort:
     """
 
     seconds: float = 20.0
-    least: int = 3
+    least: int = 5
     most: int = 15
     error_limit: float = 1.5e11
     slow_peers: bool = True

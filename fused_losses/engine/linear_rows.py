@@ -102,7 +102,8 @@ def linear_rows_gradient(
     with torch.autocast(x.device.type, enabled=False):
         if needs[0] and kept_dx.numel():
             counted = c.map(lambda t: torch.where(y == ignore_index, 0.0, t))
-            dx = hidden_gradient(kept_dx, y, rows, counted, w, maths).to(x.dtype)
+            # A kept graph may ask again.
+            dx = hidden_gradient(kept_dx.clone(), y, rows, counted, w, maths).to(x.dtype)
         elif any(needs):
             shape = linear_shape(
                 w, maths, dtypes, backend, needs, entropy=entropy, entropy_gradient=entropy

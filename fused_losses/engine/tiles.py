@@ -93,7 +93,7 @@ def _finish(kept: Tensor, call: HeadCall, y: Tensor, rows: Tensor) -> None:
         # Ranges leave the target out; subtracted from 1 - p_y, not from 1, nothing cancels.
         factor = call.maths.factor
         at_y = rows[lines.REST] * rows[lines.SUM] * slope / factor
-        kept.sub_(target_rows(call.head.weight, y) * at_y[:, None])
+        kept.addcmul_(target_rows(call.head.weight, y), at_y[:, None], value=-1.0)
     scale = call.maths.factor / rows[lines.SUM]
     kept.mul_(scale.masked_fill(y == call.ignore_index, 0.0)[:, None])
 
@@ -116,21 +116,21 @@ def target_rows(weight: Tensor, y: Tensor) -> Tensor:
 def hidden_gradient(
     kept: Tensor, y: Tensor, rows: Tensor, c: Coefficients, head: Tensor, maths: RowMaths
 ) -> Tensor:
-    """Combine -d logp / d x (N, D) into the gradient of a loss, by its rows' coefficients.
+    """Turn -d logp / d x (N, D) into the gradient of a loss, in place, by its rows' coefficients.
 
     logp = z_y - lse, so d lse / d x is the target's row of the head, transformed, minus d logp / d
     x; the mean logit's is the mean row.
     """
     scale = -c.dlogp if c.dlse is None else c.dlse - c.dlogp
-    dx = kept * scale[:, None]
+    dx = kept.mul_(scale[:, None])
     if c.dlse is not None:
         at_y = c.dlse * target_slope(rows, maths)
         # Rows without a target have no slope either, and 0 * NaN is not 0.
         at_y = torch.where(c.dlse == 0.0, 0.0, at_y)
-        dx += target_rows(head, y) * at_y[:, None]
+        dx.addcmul_(target_rows(head, y), at_y[:, None])
     if c.dmean is not None:
         mean = head.sum(0, dtype=dx.dtype) * (maths.pre / head.shape[0])
-        dx += c.dmean[:, None] * mean
+        dx.addcmul_(c.dmean[:, None], mean)
     return dx
 
 

@@ -321,6 +321,4 @@ def _element_bytes(route: Route, shape: LinearShape) -> tuple[int, int]:
     narrow = shape.compute_dtype if route == "recompute" else shape.logits_dtype
     copies = int(keeps_logits or narrow.itemsize < 4)
     copies += (shape.softcap and route != "forward") + shape.entropy
-    # The entropy's gradient masks what 0 * log 0 leaves, one byte per element.
-    mask = int(shape.entropy_gradient and route in ("unit", "recompute"))
-    return tile, max(shape.logits_dtype.itemsize, 4) * copies + mask
+    return tile, max(shape.logits_dtype.itemsize, 4) * copies

@@ -116,6 +116,22 @@ def test_one_bad_logit_anywhere_in_a_row_is_not_hidden(
     assert dz[[0, 2]].isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_top1_is_the_first_of_the_largest_and_never_of_a_row_without_log_prob(
+    backend: str, device: torch.device, dtype: torch.dtype
+) -> None:
+    z = torch.zeros(6, V, dtype=dtype, device=device)
+    # The first of three, the second, a larger one elsewhere, the last column, nothing, NaN.
+    z[:3, [3, 7, V - 1]] = 2.0
+    z[2, 0] = 3.0
+    z[3, V - 1] = 1.0
+    z[4], z[5, 0] = -INF, math.nan
+    y = torch.tensor([3, 7, 3, V - 1, 0, 0], device=device)
+    expected = [True, False, False, True, False, False]
+    assert fused_losses.token_stats(z, y, backend=backend).is_top1.tolist() == expected
+    assert fused_losses.reference.token_stats(z, y).is_top1.tolist() == expected
+
+
 @each_member
 @pytest.mark.parametrize("fill", [math.nan, INF], ids=str)
 def test_what_is_in_ignored_rows_never_gets_out(

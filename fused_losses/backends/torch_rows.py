@@ -228,7 +228,9 @@ class _Slopes:
         """Turn E (R, C) into the gradient."""
         tilted = None
         if self.tilt is not None and surprise is not None:
-            tilted = surprise.mul_(self.tilt[:, None]).mul_(E).masked_fill_(E == 0.0, 0.0)
+            # Kept finite: 0 * -inf is NaN.
+            least = torch.finfo(E.dtype).min
+            tilted = surprise.clamp_(min=least).mul_(E).mul_(self.tilt[:, None])
         E.mul_(self.scale[:, None])
         if tilted is not None:
             E.sub_(tilted)

@@ -58,9 +58,8 @@ def counted_stats(
     rows, z, y = counted(logits, target, **transform)
     logp_v = z.log_softmax(-1)
     logps = logp_v.gather(-1, y[:, None]).squeeze(-1)
-    return rows, TokenStats(
-        logps, z.logsumexp(-1), _entropy(logp_v) if entropy else None, z.argmax(-1) == y
-    )
+    is_top1 = (z.argmax(-1) == y) & ~logps.isnan()
+    return rows, TokenStats(logps, z.logsumexp(-1), _entropy(logp_v) if entropy else None, is_top1)
 
 
 def apply(fn: Callable[[Tensor], Tensor], stats: TokenStats) -> TokenStats:

@@ -164,6 +164,15 @@ def test_memory_is_the_gradients_and_one_chunk(name: str, trained: str) -> None:
     assert peak(events) <= gradients + kept + plan.workspace_bytes + chunk_rows + SLACK
 
 
+def test_ties_for_top1_take_no_memory() -> None:
+    batch = head_batch((B, T), D, V)
+    batch.w.zero_()
+    fn, args, options = _arguments("statistics", batch, near_reference(batch))
+    plan = fused_losses.explain(fn, *args, **options)
+    events = memory_events(lambda: fn(*args, **options))
+    assert peak(events) <= plan.workspace_bytes + 2 * max(plan.chunks) * D * 4 + SLACK
+
+
 @pytest.mark.parametrize("name", ["mle", "hellinger", "dpo", "statistics"])
 def test_a_16_bit_weight_gradient_takes_one_fp32_accumulator(name: str) -> None:
     batch = head_batch((B, T), D, V, dtype=torch.bfloat16)

@@ -138,10 +138,10 @@ def _is_first_of_largest(E: Tensor, k: Tensor, seen: Seen, t: Targets) -> Tensor
     """
     is_largest = t.here & (seen.target == seen.largest)
     tied = is_largest & (torch.amax(E, 1) == seen.largest - k)
-    # Looking for ties costs a synchronisation where it is not free.
-    rows = tied.nonzero()[:, 0] if tied.is_cpu else slice(None)
-    is_largest[rows] &= ~tied[rows] | (torch.argmax(E[rows], 1) > t.at[rows, 0])
-    return is_largest
+    # A look is free on a CPU, and elsewhere a synchronisation.
+    if tied.is_cpu and not tied.any():
+        return is_largest
+    return is_largest & (~tied | (torch.argmax(E, 1) > t.at[:, 0]))
 
 
 def exp_(x: Tensor) -> Tensor:

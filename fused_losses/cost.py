@@ -17,6 +17,7 @@ of moving it: the route and the sizes of blocks and ranges are those of the smal
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 from typing import Literal
 
 import torch
@@ -27,6 +28,34 @@ Route = Literal["logits", "forward", "token", "unit", "frozen", "recompute"]
 # TFLOP/s and 4.3 TB/s of an H200. Else: about 200 GFLOP/s and 17 GB/s of two CPU cores, and of the
 # same order on GPUs without TF32.
 _FLOPS_PER_BYTE = {2: 180.0, 4: 12.0, 8: 6.0}
+
+
+class Step(Enum):
+    """What runs for a block of tokens and a range of columns; the values are the words for it."""
+
+    LOGITS = "z = X W'"
+    ROW_PASS = "row pass"
+    ROW_PASS_WITH_EXPONENTIALS = "row pass with exponentials"
+    ROW_PASS_WITH_GRADIENT = "row pass with gradient"
+    LOSS_FUNCTION = "loss function"
+    ROW_GRADIENT = "row gradient"
+    DX_OF_EXPONENTIALS = "dX += E W"
+    DX = "dX += dz W"
+    DW = "dW += dz' X"
+
+    @property
+    def is_product(self) -> bool:
+        """Whether it is a matrix product over the head."""
+        return self in (Step.LOGITS, Step.DX_OF_EXPONENTIALS, Step.DX, Step.DW)
+
+    @property
+    def writes(self) -> bool:
+        """Whether it writes as many numbers as there are logits, beside them or over them."""
+        return self in (
+            Step.ROW_PASS_WITH_EXPONENTIALS,
+            Step.ROW_PASS_WITH_GRADIENT,
+            Step.ROW_GRADIENT,
+        )
 
 
 @dataclass(frozen=True)
@@ -90,53 +119,51 @@ class LinearShape:
         return max(self.compute_dtype.itemsize, 4)
 
 
-def product_names(route: Route, shape: LinearShape) -> list[str]:
-    """What runs for each block and range, in order; products are those with an equals sign."""
-    logits = "z = X W'"
+def steps_of(route: Route, shape: LinearShape) -> tuple[Step, ...]:
+    """Return what runs for each block and range, in order."""
     if route == "forward":
-        return [logits, "row pass"]
+        return (Step.LOGITS, Step.ROW_PASS)
     if route == "frozen":
-        return [logits, "row pass with exponentials", "dX += E W"]
-    passes, gradient = ["row pass"], ["row gradient"]
+        return (Step.LOGITS, Step.ROW_PASS_WITH_EXPONENTIALS, Step.DX_OF_EXPONENTIALS)
+    passes, gradient = [Step.ROW_PASS], [Step.ROW_GRADIENT]
     if route == "recompute":
-        gradient = [logits, *gradient]
+        gradient = [Step.LOGITS, Step.ROW_GRADIENT]
     elif shape.exponentials:
-        passes, gradient = ["row pass with exponentials"], []
+        passes, gradient = [Step.ROW_PASS_WITH_EXPONENTIALS], []
     elif route == "token" and shape.backend == "torch":
-        passes, gradient = ["row pass with gradient"], []
-    between = ["loss function"] * (route == "unit")
-    products = ["dX += dz W"] * shape.need_dx + ["dW += dz' X"] * shape.need_dw
-    return [logits, *passes, *between, *gradient, *products]
+        passes, gradient = [Step.ROW_PASS_WITH_GRADIENT], []
+    between = [Step.LOSS_FUNCTION] * (route == "unit")
+    products = [Step.DX] * shape.need_dx + [Step.DW] * shape.need_dw
+    return (Step.LOGITS, *passes, *between, *gradient, *products)
 
 
 def flops(route: Route, tokens: int, shape: LinearShape) -> int:
     """FLOPs of all products of a call, forward and backward."""
-    products = sum("=" in name for name in product_names(route, shape))
+    products = sum(step.is_product for step in steps_of(route, shape))
     return 2 * products * tokens * shape.hidden * shape.vocabulary
 
 
 def bytes_moved(route: Route, tokens: int, shape: LinearShape, blocks: int, ranges: int) -> int:
     """Bytes that products and row passes read and write, by the table of the module."""
+    return sum(_step_bytes(step, tokens, shape, blocks, ranges) for step in steps_of(route, shape))
+
+
+def _step_bytes(step: Step, tokens: int, shape: LinearShape, blocks: int, ranges: int) -> int:
     c, a = shape.compute_dtype.itemsize, shape.accumulator_bytes
     x, w = tokens * shape.hidden, shape.vocabulary * shape.hidden
     z = tokens * shape.vocabulary
     logits, gradient = z * shape.logits_dtype.itemsize, z * c
-    several = blocks > 1
-    of = {
-        "z = X W'": ranges * x * c + blocks * w * c + logits,
-        "row pass": logits,
-        "row pass with exponentials": logits + gradient,
-        "row pass with gradient": logits + gradient,
-        "row gradient": logits + gradient,
-        "loss function": 0,
-        "dX": gradient + blocks * w * c + (2 * ranges - 1) * x * (a if ranges > 1 else c),
-        "dW": gradient
-        + ranges * x * c
-        + (2 * blocks - 1) * w * (a if several else c)
-        + several * (a > c) * w * (a + c),
-    }
-    names = product_names(route, shape)
-    return sum(of[name if name in of else name[:2]] for name in names)
+    if step is Step.LOGITS:
+        return ranges * x * c + blocks * w * c + logits
+    if step in (Step.DX, Step.DX_OF_EXPONENTIALS):
+        return gradient + blocks * w * c + (2 * ranges - 1) * x * (a if ranges > 1 else c)
+    if step is Step.DW:
+        summed = (2 * blocks - 1) * w * (a if blocks > 1 else c)
+        rounded = w * (a + c) if blocks > 1 and a > c else 0
+        return gradient + ranges * x * c + summed + rounded
+    if step is Step.LOSS_FUNCTION:
+        return 0
+    return logits + (gradient if step.writes else 0)
 
 
 def cost(route: Route, tokens: int, shape: LinearShape, blocks: int, ranges: int) -> float:

@@ -30,7 +30,7 @@ from dataclasses import dataclass
 import torch
 
 from fused_losses.backends.base import BLOCK_BYTES
-from fused_losses.cost import LinearShape, Route, bytes_moved, cost, flops, product_names
+from fused_losses.cost import LinearShape, Route, Step, bytes_moved, cost, flops, steps_of
 
 __all__ = [
     "LinearShape",
@@ -71,7 +71,7 @@ class Plan:
         bytes_moved: Bytes that products and row passes read and write, as the cost model has them.
         workspace_bytes: Bytes of a chunk's logits, their gradient and row-pass scratch.
         budget_bytes: The budget that the chunks were fitted to.
-        kernels: What runs per chunk and range of columns, in order.
+        steps: What runs per chunk and range of columns, in order.
     """
 
     route: Route
@@ -85,12 +85,22 @@ class Plan:
     bytes_moved: int
     workspace_bytes: int
     budget_bytes: int
-    kernels: tuple[str, ...]
+    steps: tuple[Step, ...]
 
     @property
     def has_gradient(self) -> bool:
         """Whether the row passes of this plan write gradients."""
-        return any("gradient" in k or "exponentials" in k for k in self.kernels)
+        return any(step.writes for step in self.steps)
+
+    @property
+    def exponentials(self) -> bool:
+        """Whether what they write is exponentials, gradients up to a factor per row."""
+        return Step.ROW_PASS_WITH_EXPONENTIALS in self.steps
+
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        """The steps in words."""
+        return tuple(step.value for step in self.steps)
 
     def __str__(self) -> str:
         """One line for people."""
@@ -203,7 +213,7 @@ def plan_units(sizes: Sequence[int], shape: LinearShape, budget: int) -> Plan | 
 
 def plan_logits(tokens: int, vocabulary: int, backend: str, *, need_gradient: bool) -> Plan:
     """Describe a call on logits: one read forward, one read and one write backward."""
-    kernels = ("row pass", "row gradient") if need_gradient else ("row pass",)
+    steps = (Step.ROW_PASS, Step.ROW_GRADIENT) if need_gradient else (Step.ROW_PASS,)
     scratch = BLOCK_BYTES if backend == "torch" else 0
     return Plan(
         route="logits",
@@ -217,7 +227,7 @@ def plan_logits(tokens: int, vocabulary: int, backend: str, *, need_gradient: bo
         bytes_moved=0,
         workspace_bytes=scratch,
         budget_bytes=scratch,
-        kernels=kernels,
+        steps=steps,
     )
 
 
@@ -268,7 +278,7 @@ def _plan(
         bytes_moved=bytes_moved(route, tokens, shape, len(chunks), len(columns)),
         workspace_bytes=_tile_bytes(max(chunks, default=0), max(columns), route, shape),
         budget_bytes=budget,
-        kernels=tuple(product_names(route, shape)),
+        steps=steps_of(route, shape),
     )
 
 

@@ -237,6 +237,7 @@ def test_a_unit_plan_calls_the_loss_before_the_gradient_products(entropy_gradien
     assert plan is not None
     assert plan.route == "unit"
     assert plan.flops == 6 * 7 * 64 * 1000
+    assert plan.exponentials == (not entropy_gradient)
     named = list(plan.kernels)
     first = ["row pass"] if entropy_gradient else ["row pass with exponentials"]
     then = ["row gradient"] if entropy_gradient else []

@@ -26,7 +26,7 @@ from fused_losses.engine.once import once_differentiable
 from fused_losses.engine.registry import unpack
 from fused_losses.engine.rows import lines, new_rows
 from fused_losses.engine.tiles import blocks_of, hidden_gradient, recompute
-from fused_losses.plan import LinearShape, routes_for
+from fused_losses.plan import routes_for
 
 
 @torch.library.custom_op("fused_losses::linear_loss_sum", mutates_args=())
@@ -69,7 +69,7 @@ def linear_loss_sum(
     in_row = _row_weight(token_weight, torch.ones_like(factor), y, dtype) if wait else weight
     row_options = dict(objective=objective, ref=ref, value=value, entropy=entropy, top1=entropy)
     with torch.autocast(x.device.type, enabled=False):
-        sums = _run(call, shape, objective, in_row, needs, accum_dtype, row_options)
+        sums = _run(call, objective, in_row, needs, accum_dtype, row_options)
     dx, dw, db = (None,) * 3 if sums is None else (sums.dx, *sums.head_gradients(w, bias))
     rows = call.rows
     total = (weight * rows[lines.LOSS]).sum()
@@ -83,7 +83,6 @@ def linear_loss_sum(
 
 def _run(
     call: HeadCall,
-    shape: LinearShape,
     objective: Objective | None,
     weight: Tensor,
     needs: list[bool],
@@ -111,7 +110,7 @@ def _run(
                 sums.dx[block.at] = dx.to(sums.dx.dtype)
         return sums
     for chunk in chunks_of(call):
-        if shape.exponentials:
+        if call.plan.exponentials:
             chunk.row_pass(exponentials=True, **row_options)
             chunk.differentiate(objective.coefficients(weight[chunk.at], chunk.rows))
         else:

@@ -127,10 +127,9 @@ class _UnitSum(torch.autograd.Function):
         )
         sums = GradientSums(over, needs, accum_dtype)
         total = over.rows.new_zeros(())
-        exponentials = "row pass with exponentials" in call.plan.kernels
         with torch.autocast(x.device.type, enabled=False):
             for chunk, units in zip(chunks_of(over), call.unit_chunks(), strict=True):
-                chunk.row_pass(exponentials=exponentials, entropy=call.entropy, top1=True)
+                chunk.row_pass(exponentials=call.plan.exponentials, entropy=call.entropy, top1=True)
                 total += _chunk_loss(chunk, units, call, sums)
         ctx.save_for_backward(x, w, bias, sums.dx, *sums.head_gradients(w, bias))
         ctx.mark_non_differentiable(over.rows)

@@ -1,6 +1,6 @@
 """What a GPU would get: every kernel and launch row, compiled offline for four architectures.
 
-``make kernel-report`` writes tables of them to ``results/kernels/triton-<version>``, to be
+``make kernel-report`` writes tables of them to ``results/kernels/triton-<release>``, to be
 committed; ``tests/test_kernels_offline.py`` compiles again and compares. Nothing is timed and
 no GPU is needed: each architecture is compiled in a process of its own, without the interpreter,
 through the very launchers that the library calls. A driver that only names its target stands in
@@ -29,7 +29,10 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDER = ROOT / "benchmarks" / "results" / "kernels"
+# A build's local tag (3.6.0+git1234) names the same code generator: no folder of its own.
+COMMITTED = (
+    ROOT / "benchmarks" / "results" / "kernels" / f"triton-{triton.__version__.partition('+')[0]}"
+)
 TARGETS = {
     "sm_80": ("cuda", 80, 32),
     "sm_90": ("cuda", 90, 32),
@@ -314,7 +317,7 @@ def main() -> int:
     if failed:
         return 1
     content = {"triton": triton.__version__, "kernels": records}
-    out = options.out or FOLDER / f"triton-{triton.__version__}"
+    out = options.out or COMMITTED
     _write(out / "report.json", _lines_per_kernel(content))
     _write(out / "report.md", markdown(content))
     print(f"{len(records)} kernels: {out / 'report.md'}")

@@ -71,6 +71,8 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def _version(package: str) -> str | None:
+    if package == "torch":
+        return str(torch.__version__)  # with its build's tag, which its metadata may lack
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -310,6 +310,26 @@ def test_results_are_filed_by_machine_date_and_commit(tmp_path, monkeypatch):
     assert results.machine_name({"gpu": "NVIDIA H200"}) == "nvidia-h200"
 
 
+def test_a_build_s_tag_is_recorded_and_gives_the_kernel_report_no_folder_of_its_own():
+    pytest.importorskip("triton", reason="the report compiles kernels")
+    code = """
+import triton
+triton.__version__ = "3.6.0+git12ab"
+import kernel_report, results, torch
+torch.__version__ = "2.11.0+cu130"
+print(kernel_report.COMMITTED.name, results.describe_machine("cpu")["packages"]["torch"])
+"""
+    path = f"{BENCHMARKS}{os.pathsep}{ENVIRONMENT['PYTHONPATH']}"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**ENVIRONMENT, "PYTHONPATH": path},
+    )
+    assert done.stdout.split() == ["triton-3.6.0", "2.11.0+cu130"]
+
+
 def test_the_suite_writes_json_and_shows_progress(tmp_path):
     command = [sys.executable, "-m", "pytest", str(BENCHMARKS), "--quick", "--seconds", "0"]
     command += ["-k", "logits", "--results", str(tmp_path), "-p", "no:cacheprovider", "-q"]

@@ -7,7 +7,6 @@ That program compiles for four architectures on a machine without any of them. H
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import subprocess
@@ -29,7 +28,7 @@ import kernel_report  # noqa: E402
 
 Record = dict[str, Any]
 
-COMMITTED = kernel_report.FOLDER / f"triton-{importlib.metadata.version('triton')}" / "report.json"
+COMMITTED = kernel_report.COMMITTED / "report.json"
 SHARED_BYTES = 48 * 1024  # what every GPU grants without being asked
 STACK_BYTES = 0
 GROWTH = 8, 0.1  # registers more than committed that pass: the larger of a count and a fraction

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+import fused_losses
 from fused_losses.token_losses import TOKEN_LOSSES, TokenLoss
 from fused_losses_kernels.language import device_function, tl
 
@@ -175,6 +177,20 @@ def _phi_and_weight_kernel(
     tl.store(weight_ptr + i, weight, mask=i < N)
 
 
+_QUARTER = 0.25
+_EIGHTH = None if tl is None else tl.constexpr(0.125)
+
+
+@device_function
+def _with_a_global(r):
+    return r - 0.5 * _QUARTER * r * r, 1.0 - _QUARTER * r
+
+
+@device_function
+def _with_a_constant(r):
+    return r - _EIGHTH * r * r, 1.0 - 2.0 * _EIGHTH * r
+
+
 # Branches that tl.where does not take warn in numpy, which the interpreter runs on.
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 class TestDeviceFunctions:
@@ -224,3 +240,49 @@ class TestDeviceFunctions:
         phi, _ = self._run(member, r, 4.0)
         expected, _ = member.phi_and_weight(r.double(), 4.0)
         torch.testing.assert_close(phi.double(), expected, rtol=1e-6, atol=0.0)
+
+
+def _own(device_fn: Any) -> TokenLoss:
+    return TokenLoss("own", device_fn, lambda r: (r - 0.125 * r * r, 1.0 - 0.25 * r))
+
+
+class TestNumbersFromOutside:
+    """What the interpreter takes and a GPU's compiler does not is refused when the loss is made."""
+
+    @pytest.mark.parametrize("number", [0.25, 3, True], ids=repr)
+    def test_a_number_of_an_enclosing_function_is_refused_by_name(self, number: float) -> None:
+        @device_function
+        def phi(r):
+            return r * number, number
+
+        message = rf"device_fn of loss 'own' reads number = {number!r}.*tl\.constexpr\({number!r}\)"
+        with pytest.raises(TypeError, match=message):
+            _own(phi)
+
+    def test_a_number_of_a_function_that_is_called_is_refused_too(self) -> None:
+        quarter = 0.25
+
+        @device_function
+        def weight(r):
+            return 1.0 - quarter * r
+
+        @device_function
+        def phi(r):
+            return r * weight(0.5 * r), weight(r)
+
+        with pytest.raises(TypeError, match=r"reads quarter = 0\.25"):
+            _own(phi)
+
+    def test_a_number_of_the_module_is_refused(self) -> None:
+        with pytest.raises(TypeError, match=r"reads _QUARTER = 0\.25"):
+            _own(_with_a_global)
+
+    def test_constants_are_taken(self, device: torch.device) -> None:
+        pytest.importorskip("triton")
+        z = torch.randn(3, 11, device=device)
+        y, ref = torch.tensor([1, 5, 10], device=device), torch.full((3,), -2.0, device=device)
+        kernels, torch_twin = (
+            fused_losses.token_loss(z, y, ref, loss=_own(_with_a_constant), backend=backend)
+            for backend in ("triton", "torch")
+        )
+        torch.testing.assert_close(kernels, torch_twin)

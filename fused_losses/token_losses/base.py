@@ -7,8 +7,9 @@ continuation begins; kernels, chunking, reductions and autograd are written once
 
 from __future__ import annotations
 
+import dis
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,12 +30,17 @@ class TokenLoss:
     Args:
         name: Appears in error messages, in ``explain`` and in kernel names.
         device_fn: A ``@triton.jit`` function ``r -> (phi(r), phi'(r))`` on a block of fp32 or fp64
-            values; its module must import ``triton.language``. None: no Triton backend.
+            values; its module must import ``triton.language``. A number that it reads from outside,
+            a module's or an enclosing function's, has to be a constant to the compiler:
+            ``scale = tl.constexpr(0.5)``. None: no Triton backend.
         torch_fn: The same in torch, ``Tensor -> (Tensor, Tensor)``, with a differentiable ``phi``.
         r0: Maps ``max_weight`` G > 1 to the point where ``phi'(r0) = G``. Below it phi goes on
             along its tangent (slope G), which keeps loss and weight finite. ``r0(math.inf)`` is the
             left end of phi's domain. None: phi needs no continuation.
         uses_reference: False where the reference log-probs and ``value`` cancel (mle).
+
+    Raises:
+        TypeError: ``device_fn`` reads a Python number from outside that is no ``tl.constexpr``.
     """
 
     name: str
@@ -42,6 +48,16 @@ class TokenLoss:
     torch_fn: PhiAndWeight
     r0: Callable[[float], float] | None = None
     uses_reference: bool = True
+
+    def __post_init__(self) -> None:
+        # The interpreter would take such a number, and the compiler refuse it on the first GPU.
+        for name, value in _read_from_outside(self.device_fn):
+            if isinstance(value, bool | int | float):
+                raise TypeError(
+                    f"device_fn of loss {self.name!r} reads {name} = {value!r} from outside, which "
+                    f"does not compile: expected a constant, got a Python {type(value).__name__}; "
+                    f"write {name} = tl.constexpr({value!r})"
+                )
 
     def left_end(self, max_weight: float) -> float:
         """Return where the continuation begins, -inf if there is none."""
@@ -63,3 +79,27 @@ class TokenLoss:
         # Clamp the argument first: a where around a pole would give NaN gradients under autograd.
         phi, weight = self.torch_fn(torch.where(r < r0, r0, r))
         return phi + weight * torch.where(r < r0, r - r0, 0.0), weight
+
+
+def _read_from_outside(device_fn: Any) -> Iterator[tuple[str, Any]]:
+    """Names and values that a device function, and those it calls, take from around them."""
+    waiting, seen = [device_fn], set()
+    while waiting:
+        fn = waiting.pop()
+        fn = getattr(fn, "fn", fn)  # beneath triton.jit
+        code = getattr(fn, "__code__", None)
+        if code is None or code in seen:
+            continue
+        seen.add(code)
+        around = dict(zip(code.co_freevars, fn.__closure__ or (), strict=True))
+        for step in dis.get_instructions(code):
+            name = step.argval
+            if step.opname == "LOAD_GLOBAL" and name in fn.__globals__:
+                value = fn.__globals__[name]
+            elif step.opname == "LOAD_DEREF" and name in around:
+                value = around[name].cell_contents
+            else:
+                continue
+            yield name, value
+            if hasattr(value, "fn"):
+                waiting.append(value)

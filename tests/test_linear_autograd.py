@@ -307,16 +307,17 @@ def _operator_arguments(batch: HeadBatch, *, frozen: bool) -> dict[str, tuple[An
     needs = [True, not frozen, not frozen]
     head = ("hellinger", constants, -100, False)
     rows = torch.ops.fused_losses.linear_rows(
-        x, w, bias, y, ref, value, *head, *tail, needs, frozen
+        x, w, bias, y, ref, value, None, *head, *tail, needs, frozen
     )
     _, kept_rows, kept_dx = (t.detach() for t in rows)
     upstream = torch.ones(y.shape)
     detached = [t.detach() for t in (x, w, bias)]
     return {
-        "linear_loss_sum": (x, w, bias, y, ref, value, None, factor, *head, *tail, needs),
-        "linear_rows": (x, w, bias, y, ref, value, *head, *tail, needs, frozen),
+        "linear_loss_sum": (x, w, bias, y, ref, value, None, factor, None, *head, *tail, needs),
+        "linear_rows": (x, w, bias, y, ref, value, None, *head, *tail, needs, frozen),
         "linear_rows_gradient": (
-            *detached, y, kept_rows, kept_dx, value.detach(), upstream, None, *head, *tail, needs
+            *detached, y, kept_rows, kept_dx, value.detach(), None, upstream, None,
+            *head, *tail, needs,
         ),
     }  # fmt: skip
 

@@ -273,14 +273,14 @@ def test_the_operators_pass_opcheck(backend: str, device: torch.device, dtype: t
     y, ref = y.view(-1), ref.view(-1).nan_to_num(0.0)
     value = torch.zeros(4, device=device)
     static = ("hellinger", [1.0, 5.0, 0.8, 0.5, 4.0, 0.0, 0.1], -100, True)
-    leaves = (z.clone().requires_grad_(), y, ref, value.clone().requires_grad_())
+    leaves = (z.clone().requires_grad_(), y, ref, value.clone().requires_grad_(), None)
     torch.library.opcheck(logits_rows, (*leaves, *static, False, backend))
-    loss, rows = logits_rows(z, y, ref, value, *static, False, backend)
+    loss, rows = logits_rows(z, y, ref, value, None, *static, False, backend)
     up = (torch.ones_like(loss), torch.ones_like(rows))
     # It has no formula, on purpose, and an upstream NaN-free row is all that its maths needs.
     torch.library.opcheck(
         logits_gradient,
-        (z, y, rows, value, *up, *static, backend, True),
+        (z, y, rows, value, None, *up, *static, backend, True),
         test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
     )
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from fused_losses.engine.handover import hand_over
 from fused_losses.engine.linear_call import deferred, linear_shape, open_call, or_empty
 from fused_losses.engine.once import refuse_second_derivative
-from fused_losses.engine.registry import unpack
+from fused_losses.engine.registry import loss_of, unpack
 from fused_losses.engine.rows import coefficients, lines, new_rows
 from fused_losses.engine.tiles import blocks_of, hidden_gradient, recompute
 from fused_losses.plan import Route
@@ -28,6 +28,7 @@ def linear_rows(
     y: Tensor,
     ref: Tensor | None,
     value: Tensor | None,
+    changing: Tensor | None,
     loss: str,
     options: list[float],
     ignore_index: int,
@@ -46,7 +47,7 @@ def linear_rows(
     loss is. ``keep_dx`` says that the head is frozen and backward will scale what is kept.
     """
     dtypes = (compute_dtype, logits_dtype, accum_dtype)
-    maths, objective = unpack(loss, options)
+    maths, objective = unpack(loss, options, changing)
     shape = linear_shape(w, maths, dtypes, backend, [keep_dx, False, False], entropy=entropy)
     route: Route = "frozen" if keep_dx else "forward"
     call = open_call(x, w, bias, y, maths, ignore_index, dtypes, budget, shape, [route])
@@ -64,9 +65,8 @@ def linear_rows(
 
 
 @linear_rows.register_fake
-def _(x, w, bias, y, ref, value, loss, options, ignore_index, entropy, compute_dtype, logits_dtype,
-accum_dtype,
-      budget, backend, needs, keep_dx):  # fmt: skip
+def _(x, w, bias, y, ref, value, changing, loss, options, ignore_index, entropy, compute_dtype,
+      logits_dtype, accum_dtype, budget, backend, needs, keep_dx):  # fmt: skip
     rows = new_rows(y, logits_dtype)
     return rows.new_empty(y.shape), rows, rows.new_empty(x.shape if keep_dx else (0,))
 
@@ -80,6 +80,7 @@ def linear_rows_gradient(
     rows: Tensor,
     kept_dx: Tensor,
     value: Tensor | None,
+    changing: Tensor | None,
     dloss: Tensor | None,
     drows: Tensor | None,
     loss: str,
@@ -95,8 +96,8 @@ def linear_rows_gradient(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return dx, dw, db and dvalue, each empty if it is not needed."""
     dtypes = (compute_dtype, logits_dtype, accum_dtype)
-    c, per_row = coefficients(y, rows, dloss, drows, loss, options, ignore_index, entropy)
-    maths, _ = unpack("", options)
+    maths, objective = unpack(loss, options, changing)
+    c, per_row = coefficients(y, rows, dloss, drows, objective, ignore_index, entropy)
     dvalue = None if value is None else per_row.to(value.dtype)
     dx = dw = db = None
     with torch.autocast(x.device.type, enabled=False):
@@ -125,8 +126,8 @@ def linear_rows_gradient(
 
 
 @linear_rows_gradient.register_fake
-def _(x, w, bias, y, rows, kept_dx, value, dloss, drows, loss, options, ignore_index, entropy,
-      compute_dtype, logits_dtype, accum_dtype, budget, backend, needs):  # fmt: skip
+def _(x, w, bias, y, rows, kept_dx, value, changing, dloss, drows, loss, options, ignore_index,
+      entropy, compute_dtype, logits_dtype, accum_dtype, budget, backend, needs):  # fmt: skip
     gradients = (
         torch.empty_like(t, memory_format=torch.contiguous_format) if need else None
         for t, need in zip((x, w, bias), needs, strict=True)
@@ -136,9 +137,10 @@ def _(x, w, bias, y, rows, kept_dx, value, dloss, drows, loss, options, ignore_i
 
 
 def _setup_rows(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, w, bias, y, _ref, value, *ctx.static, ctx.needs, _keep_dx = inputs
+    x, w, bias, y, _ref, value, changing, *ctx.static, ctx.needs, _keep_dx = inputs
     loss, rows, kept_dx = output
-    ctx.save_for_backward(x, w, bias, y, rows, kept_dx, value)
+    ctx.save_for_backward(x, w, bias, y, rows, kept_dx, value, changing)
+    ctx.kept_alive = loss_of(ctx.static[0])
     ctx.mark_non_differentiable(*((rows, kept_dx) if ctx.static[0] else (loss, kept_dx)))
     ctx.set_materialize_grads(False)
 
@@ -146,7 +148,7 @@ def _setup_rows(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
 def _backward_rows(
     ctx: Any, dloss: Tensor | None, drows: Tensor | None, _: Tensor | None
 ) -> tuple[Any, ...]:
-    none = (None,) * 17
+    none = (None,) * 18
     if dloss is None and drows is None:
         return none
     saved = ctx.saved_tensors  # once: checkpointing objects to more

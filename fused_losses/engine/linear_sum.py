@@ -39,6 +39,7 @@ def linear_loss_sum(
     value: Tensor | None,
     token_weight: Tensor | None,
     factor: Tensor,
+    changing: Tensor | None,
     loss: str,
     options: list[float],
     ignore_index: int,
@@ -56,7 +57,7 @@ def linear_loss_sum(
     make. Only the sum is differentiable.
     """
     dtypes = (compute_dtype, logits_dtype, accum_dtype)
-    maths, objective = unpack(loss, options)
+    maths, objective = unpack(loss, options, changing)
     smoothing = 0.0 if objective is None else objective.label_smoothing
     shape = linear_shape(
         w, maths, dtypes, backend, needs, label_smoothing=smoothing, entropy=entropy
@@ -128,8 +129,8 @@ def _row_weight(
 
 
 @linear_loss_sum.register_fake
-def _(x, w, bias, y, ref, value, token_weight, factor, loss, options, ignore_index, entropy,
-      compute_dtype, logits_dtype, accum_dtype, budget, backend, needs):  # fmt: skip
+def _(x, w, bias, y, ref, value, token_weight, factor, changing, loss, options, ignore_index,
+      entropy, compute_dtype, logits_dtype, accum_dtype, budget, backend, needs):  # fmt: skip
     rows = new_rows(y, logits_dtype)
     waiting = torch.float32 if deferred(compute_dtype) else None
     gradients = (
@@ -166,7 +167,7 @@ def _setup_sum(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) ->
 
 def _backward_sum(ctx: Any, dtotal: Tensor | None, *_: Any) -> tuple[Any, ...]:
     x, w, bias, value, factor, *gradients = ctx.saved_tensors
-    none = (None,) * 18
+    none = (None,) * 19
     if dtotal is None:
         return none
     wanted = [*ctx.needs, ctx.needs_input_grad[5]]

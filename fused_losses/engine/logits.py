@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_losses.backends import load_backend
+from fused_losses.backends import RowMaths, load_backend
 from fused_losses.engine.once import once_differentiable, refuse_second_derivative
-from fused_losses.engine.registry import unpack
+from fused_losses.engine.registry import loss_of, unpack
 from fused_losses.engine.rows import (
     Coefficients,
     coefficients,
@@ -29,6 +29,7 @@ def logits_rows(
     y: Tensor,
     ref: Tensor | None,
     value: Tensor | None,
+    changing: Tensor | None,
     loss: str,
     options: list[float],
     ignore_index: int,
@@ -41,7 +42,7 @@ def logits_rows(
     ``z`` is (N, V) or (B, T, V) of any strides, ``y`` (N,). Differentiable in z (through the loss,
     logp, lse and entropy) and in value (through the loss). ``inplace`` is read by backward.
     """
-    maths, objective = unpack(loss, options)
+    maths, objective = unpack(loss, options, changing)
     rows = new_rows(y, z.dtype)
     load_backend(backend).row_pass(
         z,
@@ -59,7 +60,7 @@ def logits_rows(
 
 
 @logits_rows.register_fake
-def _(z, y, ref, value, loss, options, ignore_index, entropy, inplace, backend):
+def _(z, y, ref, value, changing, loss, options, ignore_index, entropy, inplace, backend):
     rows = new_rows(y, z.dtype)
     return rows.new_empty(rows.shape[1]), rows
 
@@ -70,6 +71,7 @@ def logits_gradient(
     y: Tensor,
     rows: Tensor,
     value: Tensor | None,
+    changing: Tensor | None,
     dloss: Tensor | None,
     drows: Tensor | None,
     loss: str,
@@ -80,15 +82,17 @@ def logits_gradient(
     need_dz: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of z (empty if not needed) and value (empty if there is none)."""
-    c, dvalue = coefficients(y, rows, dloss, drows, loss, options, ignore_index, entropy)
+    maths, objective = unpack(loss, options, changing)
+    c, dvalue = coefficients(y, rows, dloss, drows, objective, ignore_index, entropy)
     dz = z.new_empty(z.shape if need_dz else (0,))
     if need_dz:
-        _write(z, y, rows, c, options, ignore_index, backend, dz)
+        _write(z, y, rows, c, maths, ignore_index, backend, dz)
     return dz, rows.new_empty(0) if value is None else dvalue.to(value.dtype)
 
 
 @logits_gradient.register_fake
-def _(z, y, rows, value, dloss, drows, loss, options, ignore_index, entropy, backend, need_dz):
+def _(z, y, rows, value, changing, dloss, drows, loss, options, ignore_index, entropy, backend,
+      need_dz):  # fmt: skip
     dz = z.new_empty(z.shape if need_dz else (0,))
     return dz, rows.new_empty(0) if value is None else torch.empty_like(value)
 
@@ -98,7 +102,7 @@ def _write(
     y: Tensor,
     rows: Tensor,
     c: Coefficients,
-    options: list[float],
+    maths: RowMaths,
     ignore_index: int,
     backend: str,
     dz: Tensor,
@@ -108,37 +112,39 @@ def _write(
         y,
         rows,
         c,
-        maths=unpack("", options)[0],
+        maths=maths,
         ignore_index=ignore_index,
         dz=dz,
     )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    z, y, _ref, value, *ctx.static = inputs
-    ctx.save_for_backward(z, y, value, output[1])
+    z, y, _ref, value, changing, *ctx.static = inputs
+    ctx.save_for_backward(z, y, output[1], value, changing)
+    ctx.kept_alive = loss_of(ctx.static[0])
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, dloss: Tensor | None, drows: Tensor | None) -> tuple[Any, ...]:
-    z, y, value, rows = ctx.saved_tensors
+    z, y, rows, value, changing = ctx.saved_tensors
     loss, options, ignore_index, entropy, inplace, backend = ctx.static
     need_dz, need_dvalue = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
     static = (loss, options, ignore_index, entropy)
     # Tensors that a compiler traces with are not plain: to them, overwriting is a copy more.
     inplace = inplace and need_dz and type(z) is Tensor
     dz, dvalue = logits_gradient(
-        z, y, rows, value, dloss, drows, *static, backend, need_dz and not inplace
+        z, y, rows, value, changing, dloss, drows, *static, backend, need_dz and not inplace
     )
     if inplace:
         with torch.no_grad():
             overwritten = z.detach()
-            c, _ = coefficients(y, rows, dloss, drows, *static)
-            _write(overwritten, y, rows, c, options, ignore_index, backend, overwritten)
+            maths, objective = unpack(loss, options, changing)
+            c, _ = coefficients(y, rows, dloss, drows, objective, ignore_index, entropy)
+            _write(overwritten, y, rows, c, maths, ignore_index, backend, overwritten)
             # A second backward must find out that the logits are gone.
             torch.autograd.graph.increment_version(z)
         dz = once_differentiable([overwritten], [z, dloss, drows])[0]
-    nothing = (None,) * 6
+    nothing = (None,) * 7
     return (dz if need_dz else None, None, None, dvalue if need_dvalue else None, *nothing)
 
 

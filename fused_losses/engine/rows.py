@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fused_losses.backends import Coefficients, lines
-from fused_losses.engine.registry import unpack
+from fused_losses.backends import Coefficients, Objective, lines
 
 __all__ = ["Coefficients", "accumulation_dtype", "coefficients", "lines", "new_rows"]
 
@@ -27,8 +26,7 @@ def coefficients(
     rows: Tensor,
     dloss: Tensor | None,
     drows: Tensor | None,
-    loss: str,
-    options: list[float],
+    objective: Objective | None,
     ignore_index: int,
     entropy: bool,
 ) -> tuple[Coefficients, Tensor]:
@@ -36,7 +34,6 @@ def coefficients(
 
     Returns the coefficients of the logits' gradient, and the gradient of ``value`` (N,).
     """
-    _, objective = unpack(loss, options)
     nothing = torch.zeros_like(rows[0])
     c, dvalue = Coefficients(nothing), nothing
     if dloss is not None and objective is not None:

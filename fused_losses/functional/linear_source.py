@@ -135,7 +135,7 @@ class LinearSource:
     ) -> tuple[Tensor, Tensor]:
         """See :class:`Source`."""
         self._explain(tokens, self.shape(entropy=entropy), known=True)
-        key, constants = pack(self.options.maths, o)
+        key, constants, changing = pack(self.options.maths, o)
         total, rows, *_ = linear_loss_sum(
             self.x,
             self.weight,
@@ -145,6 +145,7 @@ class LinearSource:
             value,
             token_weight,
             factor,
+            changing,
             key,
             constants,
             tokens.ignore_index,
@@ -176,7 +177,7 @@ class LinearSource:
         # Whether an entropy will be differentiated is not known before backward: assume it.
         shape = self.shape(entropy=entropy, entropy_gradient=entropy_gradient)
         self._explain(tokens, shape, known=False)
-        key, constants = pack(self.options.maths, o)
+        key, constants, changing = pack(self.options.maths, o)
         (route,) = routes_for(shape, known=False)
         check_budget([route], shape, self.budget)  # backward must not be the first to object
         loss, rows, _ = linear_rows(
@@ -186,6 +187,7 @@ class LinearSource:
             tokens.y,
             ref,
             value,
+            changing,
             key,
             constants,
             tokens.ignore_index,

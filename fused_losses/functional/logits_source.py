@@ -72,7 +72,7 @@ class LogitsSource:
                 need_gradient=wants_gradient(self.logits) or wants_gradient(value),
             )
         )
-        key, constants = pack(self.options.maths, o)
+        key, constants, changing = pack(self.options.maths, o)
         # (B, T, V): the kernels take any strides of three dimensions, so slices are not copied.
         z = self.logits
         z = z.flatten(0, -3) if z.dim() > 3 else z if z.dim() > 1 else z[None]
@@ -81,6 +81,7 @@ class LogitsSource:
             tokens.y,
             ref,
             value,
+            changing,
             key,
             constants,
             tokens.ignore_index,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypedDict, get_args
@@ -168,10 +169,21 @@ def check_number(
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     inside = low <= value <= high if closed else low < value < high
-    if not (inside and math.isfinite(value)):
+    # Neither isfinite nor inf tells anything of a number that changes under torch.compile; NaN is
+    # nowhere inside.
+    if not (inside and value <= sys.float_info.max):
         lower = f"{'>=' if closed else '>'} {low:g}"
         upper = "" if high == math.inf else f" and {'<=' if closed else '<'} {high:g}"
         raise ValueError(f"{name} must be a finite number {lower}{upper}, got {value}")
+
+
+def as_tensor(value: float, device: torch.device) -> Tensor:
+    """Make a number a 0-d fp64 tensor.
+
+    A product, because ``torch.full`` would compile anew for each value of a number that changes
+    from call to call of a compiled function.
+    """
+    return torch.ones((), dtype=torch.float64, device=device) * value
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fused_losses.functional.options import Options
+from fused_losses.functional.options import Options, as_tensor
 
 
 def mean_factor(count: Tensor, options: Options) -> Tensor:
@@ -21,6 +21,6 @@ def mean_factor(count: Tensor, options: Options) -> Tensor:
     elif isinstance(options.num_items, Tensor):
         divisor = options.num_items.detach().to(count.device, non_blocking=True)
     else:
-        divisor = torch.full((), float(options.num_items), dtype=torch.float64, device=count.device)
+        divisor = as_tensor(options.num_items, count.device)
     divisor = divisor.double()
     return torch.where(divisor == 0.0, 0.0, 1.0 / divisor)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused_losses.functional.options import Options
+from fused_losses.functional.options import Options, as_tensor
 
 _INT = (torch.int64, torch.int32)
 _FLOAT = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -141,9 +141,7 @@ def check_offset(value: Any, device: torch.device) -> Tensor | None:
     """Turn a number into a 0-d tensor, 0 into None."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"value must be a number or a tensor, got {type(value).__name__}")
-    return (
-        None if value == 0.0 else torch.full((), float(value), dtype=torch.float64, device=device)
-    )
+    return None if value == 0.0 else as_tensor(value, device)
 
 
 def expand(name: str, t: Tensor, shape: torch.Size, shape_name: str) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 import torch
@@ -59,9 +58,11 @@ def _robust(pairs: Pairs) -> Tensor:
 
 def _exo_pair(pairs: Pairs) -> Tensor:
     """KL from the policy's softmax over the pair to (1 - epsilon, epsilon)."""
-    m, epsilon = pairs.margin, pairs.options.label_smoothing
-    chosen = torch.sigmoid(m) * (F.logsigmoid(m) - math.log1p(-epsilon))
-    return chosen + torch.sigmoid(-m) * (F.logsigmoid(-m) - math.log(epsilon))
+    m = pairs.margin
+    # A tensor: math.log would have torch.compile begin anew for each epsilon.
+    epsilon = m.new_ones((), dtype=torch.float64) * pairs.options.label_smoothing
+    chosen = torch.sigmoid(m) * (F.logsigmoid(m) - torch.log1p(-epsilon))
+    return chosen + torch.sigmoid(-m) * (F.logsigmoid(-m) - torch.log(epsilon))
 
 
 def _nca_pair(pairs: Pairs) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -35,7 +35,7 @@ def parse_pair_options(
         raise ValueError(f"loss_type must be one of {choices}, got {loss_type!r}")
     loss = PAIR_LOSSES[loss_type]
     _check_number("beta", beta)
-    if not 0.0 < beta < math.inf:
+    if not 0.0 < beta <= sys.float_info.max:  # as it stands, torch.compile can follow it
         raise ValueError(f"beta must be a finite number > 0, got {beta}")
     _check_smoothing(loss_type, label_smoothing, loss)
     further = {"simpo_gamma": simpo_gamma, "discopop_tau": discopop_tau}
@@ -84,7 +84,7 @@ def _further(name: str, given: Any, loss_type: str, loss: PairLoss) -> float:
         raise ValueError(
             f"{name} belongs to loss_type={owners}; leave it None for {loss_type!r}, got {given}"
         )
-    if not (0.0 < given < math.inf or (given == 0.0 and option.zero_allowed)):
+    if not (0.0 < given <= sys.float_info.max or (given == 0.0 and option.zero_allowed)):
         bound = ">= 0" if option.zero_allowed else "> 0"
         raise ValueError(f"{name} must be a finite number {bound}, got {given}")
     return float(given)

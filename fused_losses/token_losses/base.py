@@ -76,9 +76,11 @@ class TokenLoss:
         r0 = self.left_end(max_weight)
         if r0 == -math.inf:
             return self.torch_fn(r)
+        # A tensor: torch.compile would begin anew for each number.
+        end = r.new_ones(()) * r0
         # Clamp the argument first: a where around a pole would give NaN gradients under autograd.
-        phi, weight = self.torch_fn(torch.where(r < r0, r0, r))
-        return phi + weight * torch.where(r < r0, r - r0, 0.0), weight
+        phi, weight = self.torch_fn(torch.where(r < end, end, r))
+        return phi + weight * torch.where(r < end, r - end, 0.0), weight
 
 
 def _read_from_outside(device_fn: Any) -> Iterator[tuple[str, Any]]:

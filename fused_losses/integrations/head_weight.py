@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.distributed.tensor import DTensor
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -48,12 +50,22 @@ def _check_linear(head: Any) -> Any:
             "leave the head out of quantisation and adapters"
         )
     weight = head.weight
+    # DTensors are the loss's to refuse; fake tensors stand for plain ones.
+    if _computes_itself(weight) and not isinstance(weight, (DTensor, FakeTensor)):
+        raise NotImplementedError(
+            f"the head's weight is a {type(weight).__name__}, a tensor subclass that computes in "
+            "its own way: a quantised head cannot be fused; exclude the head from quantisation"
+        )
     if weight.dtype not in _DTYPES:
         raise NotImplementedError(
             f"the head's weight is {weight.dtype}: a quantised head cannot be fused; exclude the "
             "head from quantisation (e.g. llm_int8_skip_modules)"
         )
     return head
+
+
+def _computes_itself(weight: Tensor) -> bool:
+    return type(weight).__torch_dispatch__ is not Tensor.__torch_dispatch__
 
 
 def _saved_module(wrapper: Any) -> nn.Module:

@@ -13,45 +13,32 @@ the time of a call (FSDP2) have gathered them.
 
 from __future__ import annotations
 
-import copy
 import functools
 import inspect
+import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field, make_dataclass
 from types import MethodType
 from typing import Any
 
-from torch import Tensor, nn
+import torch
 from transformers import PreTrainedModel
-from transformers.utils import ModelOutput
 
-from fused_losses.integrations.head_options import (
-    HeadOptions,
-    options_of_config,
-    probe_logits,
-    verify,
+from fused_losses.integrations.head_call import (
+    Fusion,
+    arguments_of,
+    call_without_logits,
+    with_result,
 )
-from fused_losses.integrations.head_weight import open_head
-
-
-@dataclass
-class _Fusion:
-    """What a fused model carries as ``_fused_losses_head``."""
-
-    options: HeadOptions
-    before: Any  # an instance's own forward that was there before, None if there was none
-    verified: bool = False
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Fusion:
-        return _Fusion(HeadOptions(**self.options), copy.deepcopy(self.before, memo), self.verified)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # Methods are pickled by name: a pickled model comes back with its class's own forward.
-        return type(None), ()
+from fused_losses.integrations.head_labels import call_with_labels
+from fused_losses.integrations.head_options import options_of_config
 
 
 def fuse_lm_head(
-    model: Any, *, logit_scale: float | None = None, softcap: float | None = None
+    model: Any,
+    *,
+    labels: bool = False,
+    logit_scale: float | None = None,
+    softcap: float | None = None,
 ) -> Any:
     """Let a causal LM hand hidden states and head to a loss, instead of making logits.
 
@@ -60,15 +47,26 @@ def fuse_lm_head(
     ``linear_bias``, ``softcap`` and ``logit_scale`` that the head needs, for the linear functions
     of ``fused_losses``. The output is of a subclass of the model's own output class: ``fused`` is
     what ``fn`` returned, ``loss`` the same if it is a 0-d tensor, ``logits`` is None, all else as
-    usual (a router's ``aux_loss`` is there and not added). Labels go to ``fn``. Calls without
-    ``fused=``, ``generate`` and ``state_dict`` are untouched. Call it before wrapping in DDP and
-    before or after PEFT or ``fully_shard``. ``copy.deepcopy`` keeps the head fused; a pickled model
-    comes back plain. An active LoRA adapter on the head adds its rank to D, at the price of a copy
-    of the weight per call.
+    usual (a router's ``aux_loss`` is there and not added). Labels go to ``fn``, which may call the
+    model itself.
+
+    With ``labels=True`` the model is a drop-in for ``transformers.Trainer`` and loops like it:
+    ``model(input_ids, labels=labels).loss`` is the loss that the model has anyway (shift,
+    ``num_items_in_batch``, ``shift_labels``, ``ignore_index``, a router's auxiliary loss), from
+    :func:`fused_losses.linear_mle_loss`, and ``logits`` is None; where all labels are ignored it is
+    0, not NaN. Without ``labels=True`` such a call makes logits as ever, and says so once. The
+    Trainer's ``label_smoothing_factor`` takes the labels away and so makes logits either way.
+
+    Calls without labels and ``fused=``, ``generate`` and ``state_dict`` are untouched. Call it
+    before wrapping in DDP and before or after PEFT or ``fully_shard``. ``copy.deepcopy`` and
+    DataParallel keep the head fused; a pickled model comes back plain. ``torch.compile`` compiles
+    the body; head and loss run in Python. An active LoRA adapter on the head adds its rank to D, at
+    the price of a copy of the weight per call.
 
     Args:
         model: A ``PreTrainedModel`` with a linear head over the vocabulary, or a ``PeftModel``
-            around one. Patched in place, on the instance; fusing twice changes nothing.
+            around one. Patched in place, on the instance; fusing again only adds what is given.
+        labels: Answer calls with labels without logits too.
         logit_scale: Factor on the head's output, where the config does not tell it.
         softcap: c of c tanh(z / c), where the config does not tell it.
 
@@ -78,14 +76,24 @@ def fuse_lm_head(
     Raises:
         TypeError: Not such a model.
         NotImplementedError: An encoder-decoder, or a model without a head. At a call with
-            ``fused=``: a head that is not ``nn.Linear``, LoRA or ``modules_to_save`` on one; a
-            quantised head; hooks that change its output; a model that does more than scale and
-            cap the head's output.
+            ``fused=`` or labels: a head that is not ``nn.Linear``, LoRA or ``modules_to_save`` on
+            one; a quantised head; hooks that change its output; a model that does more than scale
+            and cap the head's output; with labels: a model whose loss is not that of causal LMs.
         ValueError: At a call: labels beside ``fused=``.
     """
     base = _base_of(model)
-    if _fusion_of(base) is not None:
-        return model
+    fusion = _fusion_of(base)
+    if fusion is None:
+        fusion = _fuse(base)
+    fusion.labels |= labels
+    for name, value in (("logit_scale", logit_scale), ("softcap", softcap)):
+        if value is not None:
+            fusion.options |= {name: value}  # type: ignore[misc]
+            fusion.verified = False
+    return model
+
+
+def _fuse(base: PreTrainedModel) -> Fusion:
     if getattr(base.config, "is_encoder_decoder", False):
         raise NotImplementedError(
             f"{type(base).__name__} is an encoder-decoder; fuse_lm_head serves decoder-only models"
@@ -93,14 +101,13 @@ def fuse_lm_head(
     if base.get_output_embeddings() is None:
         raise NotImplementedError(f"{type(base).__name__} has no head over the vocabulary to fuse")
     options = options_of_config(base.config.get_text_config(decoder=True))
-    if logit_scale is not None:
-        options["logit_scale"] = logit_scale
-    if softcap is not None:
-        options["softcap"] = softcap
-    base._fused_losses_head = _Fusion(options, base.__dict__.get("forward"))
+    fusion = Fusion(options, base.__dict__.get("forward"))
+    patched: Any = base
     cls: Any = type(base)
-    base.forward = MethodType(_fused_forward_of(cls), base)
-    return model
+    patched._fused_losses_head = fusion
+    patched.forward = MethodType(_fused_forward_of(cls), base)
+    patched._replicate_for_data_parallel = MethodType(_replicate_for_data_parallel, base)
+    return fusion
 
 
 def unfuse_lm_head(model: Any) -> Any:
@@ -125,13 +132,13 @@ def unfuse_lm_head(model: Any) -> Any:
             f"{type(base).__name__}.forward was wrapped after fuse_lm_head; take that off first "
             "(accelerator.unwrap_model(model, keep_fp32_wrapper=False))"
         )
-    del base._fused_losses_head, base.forward
+    del base._fused_losses_head, base.forward, base._replicate_for_data_parallel
     if fusion.before is not None:
         base.forward = fusion.before
     return model
 
 
-def _fusion_of(base: Any) -> _Fusion | None:
+def _fusion_of(base: Any) -> Fusion | None:
     return getattr(base, "_fused_losses_head", None)
 
 
@@ -146,80 +153,56 @@ def _base_of(model: Any) -> PreTrainedModel:
 
 
 @functools.cache
-def _fused_forward_of(cls: type) -> Callable[..., Any]:
+def _fused_forward_of(cls: Any) -> Callable[..., Any]:
     """The forward of a fused model: no closure over an instance, so that copies call themselves."""
 
-    # The signature stays the model's: generate and the Trainer inspect it.
-    @functools.wraps(cls.forward)  # type: ignore[attr-defined]
-    def forward(
-        self: Any, *args: Any, fused: Callable[..., Any] | None = None, **kwargs: Any
-    ) -> Any:
-        before = self._fused_losses_head.before
-        plain = MethodType(cls.forward, self) if before is None else before  # type: ignore[attr-defined]
-        if fused is None:
+    def make() -> Any:
+        def forward(
+            self: Any, *args: Any, fused: Callable[..., Any] | None = None, **kwargs: Any
+        ) -> Any:
+            fusion = self._fused_losses_head
+            plain = fusion.before or functools.partial(cls.forward, self)
+            if fused is not None:
+                _check_arguments(plain, fused, args, kwargs)
+                return with_result(*call_without_logits(self, plain, fused, *args, **kwargs))
+            if fusion.labels or not (fusion.told or torch.compiler.is_compiling()):
+                given = arguments_of(plain, args, kwargs)
+                if given.get("labels") is not None:
+                    if fusion.labels:
+                        return call_with_labels(self, plain, given, args, kwargs)
+                    _tell(self)
             return plain(*args, **kwargs)
-        return _call_fused(self, plain, fused, args, kwargs)
 
-    forward.fuses_head = True  # type: ignore[attr-defined]
+        # The signature stays the model's: generate and the Trainer inspect it.
+        functools.update_wrapper(forward, cls.forward)
+        forward.__signature__ = inspect.signature(cls.forward)  # type: ignore[attr-defined]
+        forward.fuses_head = True  # type: ignore[attr-defined]
+        del forward.__wrapped__  # type: ignore[attr-defined]
+        return forward
+
+    # accelerate takes its wrappers off by following __wrapped__ to the end: that is fused as well.
+    forward = make()
+    forward.__wrapped__ = make()
     return forward
 
 
-def _call_fused(
-    model: Any,
-    plain: Callable[..., Any],
-    fn: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> ModelOutput:
-    _check_arguments(plain, fn, args, kwargs)
-    fusion: _Fusion = model._fused_losses_head
-    head = model.get_output_embeddings()
-    _check_hooks(head)
-    name = type(model).__name__
-    called: list[tuple[Tensor, Any]] = []
+def _replicate_for_data_parallel(self: Any) -> Any:
+    """Bind a replica's methods to itself (pickled by this name, it comes back as the class's)."""
+    replica = type(self)._replicate_for_data_parallel(self)
+    for name, value in vars(self).items():
+        if isinstance(value, MethodType) and value.__self__ is self:
+            vars(replica)[name] = MethodType(value.__func__, replica)
+    return replica
 
-    def instead_of_the_product(hidden: Tensor) -> tuple[Tensor, Any]:
-        if called:
-            raise NotImplementedError(f"{name} calls its head twice in a forward")
-        hidden, weight, bias = open_head(head, hidden)
-        if hidden.dim() != 3:
-            raise NotImplementedError(
-                f"{name} calls its head with {tuple(hidden.shape)}, expected (B, T, D)"
-            )
-        options = HeadOptions(**fusion.options)
-        if bias is not None:
-            options["linear_bias"] = bias
-        result = fn(hidden.to(weight.device), weight, **options)
-        # Verified once: looking at values synchronises.
-        return probe_logits(0 if fusion.verified else weight.shape[0], hidden.device), result
 
-    def keep_the_result(module: nn.Module, inputs: Any, output: tuple[Tensor, Any]) -> Tensor:
-        # A hook, and the last: those of FSDP2 have to see the result, which they watch in backward.
-        called.append(output)
-        return output[0].clone()  # models may write into their logits
-
-    own = vars(head).get("forward")
-    head.forward = instead_of_the_product
-    handle = head.register_forward_hook(keep_the_result)
-    try:
-        output = plain(*args, **kwargs)
-    finally:
-        handle.remove()
-        del head.forward
-        if own is not None:
-            head.forward = own
-    if not called:
-        raise NotImplementedError(f"{name} did not call its {type(head).__name__} head")
-    ((stand_in, result),) = called
-    if not isinstance(output, ModelOutput) or "logits" not in output:
-        raise TypeError(
-            f"{name} returned a {type(output).__name__} without named logits; "
-            "call it with return_dict=True"
-        )
-    if not fusion.verified:
-        verify(output["logits"], stand_in, fusion.options, name)
-        fusion.verified = True
-    return _with_result(output, result)
+def _tell(model: Any) -> None:
+    model._fused_losses_head.told = True
+    warnings.warn(
+        f"{type(model).__name__} is fused, but a call with labels makes its logits all the same: "
+        "fuse_lm_head(model, labels=True) answers such calls without them, and fused= takes any "
+        "loss (this is said once)",
+        stacklevel=3,
+    )
 
 
 def _check_arguments(
@@ -227,7 +210,7 @@ def _check_arguments(
 ) -> None:
     if not callable(fn):
         raise TypeError(f"fused must be a function of (hidden, weight), got {type(fn).__name__}")
-    given = inspect.signature(plain).bind_partial(*args).arguments | kwargs if args else kwargs
+    given = arguments_of(plain, args, kwargs)
     for name in ("labels", "shift_labels", "num_items_in_batch"):
         if given.get(name) is not None:
             raise ValueError(
@@ -235,35 +218,3 @@ def _check_arguments(
                 "the labels, e.g. fused=lambda hidden, weight, **options: "
                 "fused_losses.linear_mle_loss(hidden, weight, labels, shift=True, **options)"
             )
-
-
-def _check_hooks(head: nn.Module) -> None:
-    """Refuse what would not see the logits it expects, or would be passed over."""
-    hook = getattr(head, "_hf_hook", None)
-    if getattr(hook, "offload", False):
-        raise NotImplementedError("the head is offloaded by accelerate; keep it on a device")
-    from torch.distributed.fsdp import FSDPModule
-
-    if head._forward_hooks and not isinstance(head, FSDPModule):
-        names = [getattr(hook, "__qualname__", repr(hook)) for hook in head._forward_hooks.values()]
-        raise NotImplementedError(
-            f"the head has forward hooks ({', '.join(names)}) that expect logits; remove them"
-        )
-
-
-@functools.cache
-def _fused_output_of(cls: type) -> type:
-    return make_dataclass(
-        f"Fused{cls.__name__}",
-        [("fused", Any, field(default=None))],
-        bases=(cls,),
-        namespace={"__doc__": f"{cls.__name__} with what the function returned, as ``fused``."},
-    )
-
-
-def _with_result(output: ModelOutput, result: Any) -> ModelOutput:
-    fields = {name: value for name, value in output.items() if name != "logits"}
-    if isinstance(result, Tensor) and result.dim() == 0:
-        fields["loss"] = result
-    cls: Any = type(output)
-    return _fused_output_of(cls)(**fields, fused=result)

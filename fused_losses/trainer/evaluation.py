@@ -88,7 +88,8 @@ def value_agreement(
 def _values(model: Any, ids: list[int], at: list[int], workspace_bytes: int | None) -> list[float]:
     fuse_lm_head(model)
     input_ids = torch.tensor([ids], device=model.device)
-    where = torch.tensor(at, device=model.device)
+    # From the end: a learnt prompt puts virtual tokens before the text.
+    where = torch.tensor(at, device=model.device) - len(ids)
 
     def normalisers(hidden: torch.Tensor, weight: torch.Tensor, **head: Any) -> torch.Tensor:
         # Any label will do: the normaliser does not depend on it.

@@ -410,35 +410,3 @@ def test_strides_of_the_inputs_do_not_matter(name: str, batch: HeadBatch) -> Non
     dx, dw = torch.autograd.grad(loss, [strided.x, strided.w])
     assert relative_error(dx[..., ::2], expected[0]) <= 1e-5
     assert relative_error(dw.t(), expected[1]) <= 1e-5
-
-
-@pytest.mark.parametrize("name", ["mle", "mle, none", "dpo"])
-@pytest.mark.parametrize("told", [False, True])
-def test_a_main_grad_gets_what_autograd_would(name: str, told: bool) -> None:
-    """K micro-batches add up in it; ``grad`` stays empty, or is a tensor that nobody reads."""
-
-    def run(batch: HeadBatch) -> None:
-        if name == "dpo":
-            fused_losses.linear_dpo_loss(batch.x, batch.w, batch.y, ref).backward()
-            return
-        reduction = "none" if "none" in name else "mean"
-        loss = fused_losses.linear_mle_loss(batch.x, batch.w, batch.y, reduction=reduction)
-        (3.0 * loss.sum()).backward()
-
-    batch = head_batch((4, 6), 8, 50, dtype=torch.bfloat16)
-    ref = near_reference(batch)
-    plain, with_main_grad = batch.leaves(), batch.leaves()
-    w: Any = with_main_grad.w
-    w.main_grad = torch.full(w.shape, 0.5)
-    if told:
-        w.grad_added_to_main_grad = False
-    run(plain)
-    for _ in range(2):
-        run(with_main_grad)
-    assert plain.w.grad is not None
-    torch.testing.assert_close(w.main_grad, 0.5 + 2.0 * plain.w.grad.float())
-    assert (w.grad is None) == (not told)
-    assert getattr(w, "grad_added_to_main_grad", False) == told
-    w.main_grad = torch.zeros(3)
-    with pytest.raises(ValueError, match=r"main_grad must have the weight's shape \(50, 8\)"):
-        run(with_main_grad)

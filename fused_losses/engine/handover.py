@@ -1,4 +1,4 @@
-"""The last step of backward: gradients that forward made are scaled and handed over."""
+"""The last step of backward: gradients that forward made are scaled."""
 
 from __future__ import annotations
 
@@ -29,26 +29,3 @@ def scale_saved(
             else:
                 scaled.append(gradient if nothing_to_do else gradient.mul_(scale))
     return scaled
-
-
-def hand_over(weight: Tensor, gradient: Tensor | None) -> Tensor | None:
-    """Add a weight's gradient to its ``main_grad``, if it has one; else return it for autograd.
-
-    ``main_grad`` is what Megatron and its kin accumulate micro-batches in, usually fp32. A weight
-    that also has ``grad_added_to_main_grad`` is told, and autograd gets a tensor of its shape that
-    nobody reads, so that the hooks of a data-parallel wrapper run.
-    """
-    main_grad = getattr(weight, "main_grad", None)
-    if gradient is None or not isinstance(main_grad, Tensor):
-        return gradient
-    if main_grad.shape != gradient.shape:
-        raise ValueError(
-            f"linear_weight.main_grad must have the weight's shape {tuple(gradient.shape)}, "
-            f"got {tuple(main_grad.shape)}"
-        )
-    with torch.no_grad():
-        main_grad.add_(gradient)
-    if not hasattr(weight, "grad_added_to_main_grad"):
-        return None
-    weight.grad_added_to_main_grad = True
-    return torch.empty_like(weight)

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_losses.engine.handover import hand_over
 from fused_losses.engine.linear_call import deferred, linear_shape, open_call, or_empty
 from fused_losses.engine.once import refuse_second_derivative
 from fused_losses.engine.registry import loss_of, unpack
@@ -155,7 +154,6 @@ def _backward_rows(
     found = linear_rows_gradient(*saved, dloss, drows, *ctx.static, ctx.needs)
     wanted = [*ctx.needs, ctx.needs_input_grad[5]]
     dx, dw, db, dvalue = (t if want else None for t, want in zip(found, wanted, strict=True))
-    dw = hand_over(saved[1], dw)
     return (dx, dw, db, None, None, dvalue, *none[6:])
 
 

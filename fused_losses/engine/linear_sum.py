@@ -14,7 +14,7 @@ from torch import Tensor
 from fused_losses.backends import Objective
 from fused_losses.engine.chunks import add_chunk, chunks_of
 from fused_losses.engine.gradients import GradientSums
-from fused_losses.engine.handover import hand_over, scale_saved
+from fused_losses.engine.handover import scale_saved
 from fused_losses.engine.head_call import HeadCall
 from fused_losses.engine.linear_call import (
     deferred,
@@ -175,7 +175,6 @@ def _backward_sum(ctx: Any, dtotal: Tensor | None, *_: Any) -> tuple[Any, ...]:
     with torch.no_grad():
         scale = dtotal * factor if ctx.deferred else dtotal
     scaled = scale_saved(saved, [x, w, bias, value], scale)
-    scaled[1] = hand_over(w, scaled[1])
     dx, dw, db, dvalue = once_differentiable(scaled, [dtotal, x, w, bias, value])
     return (dx, dw, db, None, None, dvalue, *none[6:])
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from fused_losses.backends import RowMaths, lines
 from fused_losses.engine.chunks import Chunk, add_chunk, chunks_of
 from fused_losses.engine.gradients import GradientSums
-from fused_losses.engine.handover import hand_over, scale_saved
+from fused_losses.engine.handover import scale_saved
 from fused_losses.engine.head import Head
 from fused_losses.engine.head_call import HeadCall
 from fused_losses.engine.linear_call import Dtypes
@@ -142,7 +142,6 @@ class _UnitSum(torch.autograd.Function):
         if dtotal is None:
             return (None,) * 5
         scaled = scale_saved(gradients, [x, w, bias], dtotal)
-        scaled[1] = hand_over(w, scaled[1])
         return (*once_differentiable(scaled, [dtotal, x, w, bias]), None, None)
 
 

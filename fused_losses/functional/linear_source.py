@@ -13,6 +13,7 @@ from fused_losses.backends import Objective, resolve_backend
 from fused_losses.engine.linear_call import linear_shape
 from fused_losses.engine.linear_rows import linear_rows
 from fused_losses.engine.linear_sum import linear_loss_sum
+from fused_losses.engine.main_grad import through_main_grad
 from fused_losses.engine.registry import pack
 from fused_losses.functional.observe import report_plan
 from fused_losses.functional.options import Options
@@ -76,7 +77,7 @@ class LinearSource:
             )
         return LinearSource(
             input,
-            linear_weight,
+            through_main_grad(linear_weight),
             bias,
             options,
             resolve_backend(options.backend, device),

@@ -51,7 +51,13 @@ def assistant(text):
         ),
         # The token ab begins in the prompt and ends in the completion.
         ({"prompt": "xa", "completion": "bc"}, {}, "xabc<eos>", "abc<eos>"),
-        ({"messages": [user("q"), assistant("r")]}, {}, "<u>q\n<a>r\n", "<u>q\n<a>r\n"),
+        ({"messages": [user("q"), assistant("r")]}, {}, "<u>q\n<a>r\n", "r\n"),
+        (
+            {"messages": [user("q"), assistant("r")]},
+            {"assistant_only_loss": False},
+            "<u>q\n<a>r\n",
+            "<u>q\n<a>r\n",
+        ),
         (
             {"messages": [user("q"), assistant("r")]},
             {"completion_only_loss": True},

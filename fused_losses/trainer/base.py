@@ -17,12 +17,13 @@ from fused_losses.integrations import fuse_lm_head
 from fused_losses.trainer.collate import Collator
 from fused_losses.trainer.data import IGNORE
 from fused_losses.trainer.finite import FiniteWatch
-from fused_losses.trainer.packing import check_packing
+from fused_losses.trainer.packing import check_packing, pack
 from fused_losses.trainer.reference import Reference, prepare
+from fused_losses.trainer.sequences import text_tokenizer
 from fused_losses.trainer.telemetry import Sums, Telemetry, means
 
 # What the loss reads, and the model does not.
-_LOSS_INPUTS = ("labels", "ref_logps", "segment_ids", "scored_by")
+_LOSS_INPUTS = ("labels", "ref_logps", "segment_ids", "scored_by", "row", "sample", "num_tokens")
 
 
 class PostTrainer(Trainer):
@@ -45,6 +46,7 @@ class PostTrainer(Trainer):
         ref_model: Any,
         peft_config: Any,
         needs_reference: bool,
+        formatting_func: Callable[[dict[str, Any]], str] | None = None,
         **trainer: Any,
     ) -> None:
         if isinstance(model, str):
@@ -65,17 +67,19 @@ class PostTrainer(Trainer):
         model = fuse_lm_head(model)
 
         def prepared(dataset: Any, name: str) -> Dataset:
-            return prepare(dataset, args, model, processing_class, name)
+            return prepare(dataset, args, model, processing_class, name, formatting_func)
 
         if train_dataset is not None:
             train_dataset = prepared(train_dataset, "train_dataset")
         if eval_dataset is not None:
             eval_dataset = _each(eval_dataset, prepared)
-        pad_id = getattr(processing_class, "pad_token_id", None)
+        pad_id = getattr(text_tokenizer(processing_class), "pad_token_id", None)
         super().__init__(
             model=model,
             args=args,
-            data_collator=Collator(self.sides, pad_id or 0, args.padding_free),
+            data_collator=Collator(
+                self.sides, pad_id or 0, args.lays_end_to_end, args.pad_to_multiple_of
+            ),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -83,12 +87,13 @@ class PostTrainer(Trainer):
         )
         # Items are counted over all micro-batches, whatever the model's forward accepts.
         self.model_accepts_loss_kwargs = True
-        if args.padding_free:
+        if args.lays_end_to_end:
             check_packing(self.model, args.device)
         self._telemetry = {"train": Telemetry(), "eval": Telemetry()}
         self._watch = FiniteWatch()
         if needs_reference:
             self._attach_references(ref_model)
+        self._pack()
 
     def _attach_references(self, ref_model: Any) -> None:
         """Compute the references now, while the weights are the starting weights."""
@@ -110,6 +115,17 @@ class PostTrainer(Trainer):
             self.eval_dataset = _each(self.eval_dataset, reference.attach)
         if ref_model is not None:
             ref_model.to("cpu")
+
+    def _pack(self) -> None:
+        """Lay sequences together in rows, once each has its references."""
+
+        def packed(dataset: Dataset, name: str) -> Dataset:
+            return pack(dataset, self.args.max_length, name, self.args.dataset_num_proc)
+
+        if self.args.packs_training and self.train_dataset is not None:
+            self.train_dataset = packed(self.train_dataset, "train_dataset")
+        if self.args.packs_evaluation and self.eval_dataset is not None:
+            self.eval_dataset = _each(self.eval_dataset, packed)
 
     def loss_call(self, inputs: dict[str, Tensor]) -> tuple[Callable[..., Tensor], dict[str, Any]]:
         """Return the loss of hidden states and its arguments beside them; see the trainers."""
@@ -137,7 +153,7 @@ class PostTrainer(Trainer):
         """
         rows = inputs["row"]
         own = {name: inputs[name] for name in _LOSS_INPUTS if name in inputs}
-        passed = {k: v for k, v in inputs.items() if k not in own and k != "row"}
+        passed = {k: v for k, v in inputs.items() if k not in own}
         function, arguments = self.loss_call(own)
         seen = []
 
@@ -164,7 +180,7 @@ class PostTrainer(Trainer):
         if model.training:
             step = self.state.global_step + 1
             self._watch.add(step, loss, rows)
-            tokens = passed.get("attention_mask", torch.ones_like(passed["input_ids"])).sum()
+            tokens = own["num_tokens"]
             sums["num_tokens"] = (tokens, torch.ones_like(tokens))
             self._telemetry["train"].add(sums)
         else:
@@ -249,6 +265,7 @@ class PostTrainer(Trainer):
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = [
             "row",
+            "seq_lengths",
             *(f"{s}{c}" for s in self.sides for c in ("input_ids", "labels", "ref_logps")),
         ]
 
@@ -280,16 +297,20 @@ def _without_repeats(inputs: dict[str, Tensor], accelerator: Any) -> dict[str, T
     state = accelerator.gradient_state
     if accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
         return inputs
-    n = inputs["row"].numel()
-    # As accelerate's gather_for_metrics: of all processes' rows in order, so many are new.
-    new = min(max(state.remainder - n * accelerator.process_index, 0), n)
-    labels = inputs["labels"]
+    row, labels = inputs["row"], inputs["labels"]
+    # Which of this process's samples a sequence is of: a packed row holds several.
+    sample = inputs.get("sample", torch.arange(len(row), device=row.device))
+    n = int(sample[-1]) + 1
+    # As accelerate's gather_for_metrics: of all processes' samples in order, so many are new.
+    new = sample < min(max(state.remainder - n * accelerator.process_index, 0), n)
     if "segment_ids" in inputs:
-        labels = labels.masked_fill(inputs["segment_ids"] >= new, IGNORE)
+        # What follows the last sequence is padding.
+        of = inputs["segment_ids"].clamp(max=len(row) - 1)
+        labels = labels.masked_fill(~new[of], IGNORE)
     else:
         labels = labels.clone()
-        labels.view(-1, n, labels.shape[-1])[:, new:] = IGNORE
-    return inputs | {"labels": labels, "row": inputs["row"][:new]}
+        labels.view(-1, n, labels.shape[-1])[:, ~new] = IGNORE
+    return inputs | {"labels": labels, "row": row[new]}
 
 
 def _each(datasets: Any, change: Callable[[Any, str], Dataset]) -> Any:

@@ -10,16 +10,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import TrainingArguments
 
 from fused_losses import TOKEN_LOSSES, preference_loss
 from fused_losses.preference import PAIR_LOSSES
-
-_TRUNCATION_MODES = ("keep_start", "keep_end")
+from fused_losses.trainer.data_config import DataConfig, check_choice, check_least, check_range
 
 
 @dataclass
-class PostTrainingConfig(TrainingArguments):
+class PostTrainingConfig(DataConfig):
     """What :class:`SFTConfig` and :class:`DPOConfig` share.
 
     Defaults that differ from ``TrainingArguments``: ``logging_steps`` 10, and
@@ -33,24 +31,6 @@ class PostTrainingConfig(TrainingArguments):
     logging_nan_inf_filter: bool = field(
         default=False,
         metadata={"help": "Keep NaN and inf out of the logged loss. They stop training anyway."},
-    )
-    max_length: int | None = field(
-        default=1024,
-        metadata={"help": "Longest sequence, in tokens; longer ones are cut. None: no cut."},
-    )
-    truncation_mode: str = field(
-        default="keep_start",
-        metadata={
-            "help": "Which end of a long sequence to keep.",
-            "choices": list(_TRUNCATION_MODES),
-        },
-    )
-    padding_free: bool = field(
-        default=False,
-        metadata={
-            "help": "Lay the sequences of a batch one after another in one row, without padding. "
-            "The model's attention must keep sequences apart by position_ids; this is tried out."
-        },
     )
     precompute_ref_batch_size: int | None = field(
         default=None,
@@ -66,9 +46,6 @@ class PostTrainingConfig(TrainingArguments):
             "weights and the tokenised data. None: ref_logps in output_dir."
         },
     )
-    dataset_num_proc: int | None = field(
-        default=None, metadata={"help": "Processes that tokenise the datasets."}
-    )
     workspace_bytes: int | None = field(
         default=None,
         metadata={"help": "Budget of a chunk's logits in the loss. None: the library's default."},
@@ -81,12 +58,7 @@ class PostTrainingConfig(TrainingArguments):
             ValueError: A field out of range; named, with what was expected.
         """
         super().__post_init__()
-        for name in ("max_length", "precompute_ref_batch_size", "dataset_num_proc"):
-            value = getattr(self, name)
-            least = 2 if name == "max_length" else 1
-            if value is not None and value < least:
-                raise ValueError(f"{name} must be None or at least {least}, got {value}")
-        _check_choice("truncation_mode", self.truncation_mode, _TRUNCATION_MODES)
+        check_least("precompute_ref_batch_size", self.precompute_ref_batch_size, 1)
         if self.workspace_bytes is not None and self.workspace_bytes <= 0:
             raise ValueError(
                 f"workspace_bytes must be None or positive, got {self.workspace_bytes}"
@@ -130,12 +102,42 @@ class SFTConfig(PostTrainingConfig):
         },
     )
     z_loss: float = field(default=0.0, metadata={"help": "lambda of the term lambda * lse^2."})
+    dataset_text_field: str = field(
+        default="text", metadata={"help": "Column of plain text, if the data has no other format."}
+    )
     completion_only_loss: bool | None = field(
         default=None,
         metadata={
             "help": "Score only the completion. None: where a prompt is given. True with a "
-            "messages column: the last message is the completion."
+            "messages column: the last message is the completion. False: score every token."
         },
+    )
+    assistant_only_loss: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Score only what the assistant says, each turn to its end, by the chat "
+            "template's generation marks or, without marks, by comparing the beginnings of the "
+            "conversation. None: on a messages column, unless completion_only_loss is set. False: "
+            "score users' and system's tokens too."
+        },
+    )
+    packing: bool = field(
+        default=False,
+        metadata={
+            "help": "Lay the sequences of the training data together in rows of up to max_length "
+            "tokens, which a batch holds end to end as with padding_free."
+        },
+    )
+    packing_strategy: str = field(
+        default="bfd",
+        metadata={
+            "help": "Which sequences go together. bfd: best-fit decreasing; none is cut.",
+            "choices": ["bfd"],
+        },
+    )
+    eval_packing: bool | None = field(
+        default=None,
+        metadata={"help": "Lay the evaluation data together, too. None: as packing."},
     )
     precompute_ref_log_probs: bool = field(
         default=True,
@@ -152,12 +154,15 @@ class SFTConfig(PostTrainingConfig):
             ValueError: A field out of range, or fields that do not go together.
         """
         super().__post_init__()
-        _check_choice("loss", self.loss, tuple(TOKEN_LOSSES))
-        _check_choice("level", self.level, ("token", "sequence"))
-        _check_range("beta", self.beta, self.beta > 0.0, "> 0")
+        check_choice("loss", self.loss, tuple(TOKEN_LOSSES))
+        check_choice("level", self.level, ("token", "sequence"))
+        check_choice("packing_strategy", self.packing_strategy, ("bfd",))
+        if (self.packs_training or self.packs_evaluation) and self.max_length is None:
+            raise ValueError("packing needs max_length, which is the length of a packed row")
+        check_range("beta", self.beta, self.beta > 0.0, "> 0")
         if self.max_weight != math.inf:
-            _check_range("max_weight", self.max_weight, self.max_weight > 1.0, "> 1")
-        _check_range("z_loss", self.z_loss, self.z_loss >= 0.0, ">= 0")
+            check_range("max_weight", self.max_weight, self.max_weight > 1.0, "> 1")
+        check_range("z_loss", self.z_loss, self.z_loss >= 0.0, ">= 0")
         if self.level == "sequence" and self.z_loss:
             raise ValueError("z_loss is not taken at level='sequence'; leave it at 0")
         if self.label_smoothing_factor and (self.loss != "mle" or self.level != "token"):
@@ -165,6 +170,16 @@ class SFTConfig(PostTrainingConfig):
                 "label_smoothing_factor belongs to loss='mle' at level='token', got "
                 f"loss={self.loss!r}, level={self.level!r}; leave it at 0"
             )
+
+    @property
+    def packs_training(self) -> bool:
+        """Whether training rows hold several sequences."""
+        return self.packing
+
+    @property
+    def packs_evaluation(self) -> bool:
+        """Whether evaluation rows hold several sequences."""
+        return self.packing if self.eval_packing is None else self.eval_packing
 
 
 @dataclass
@@ -220,7 +235,7 @@ class DPOConfig(PostTrainingConfig):
         preference_loss(
             logps, logps, chosen_lengths=one, rejected_lengths=one, **self._pair_options
         )
-        _check_range("sft_weight", self.sft_weight, self.sft_weight >= 0.0, ">= 0")
+        check_range("sft_weight", self.sft_weight, self.sft_weight >= 0.0, ">= 0")
 
     @property
     def reference_free(self) -> bool:
@@ -242,13 +257,3 @@ class DPOConfig(PostTrainingConfig):
             "label_smoothing": self.label_smoothing,
             **{name: value for name, value in further.items() if value is not None},
         }
-
-
-def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
-
-
-def _check_range(name: str, value: float, inside: bool, expected: str) -> None:
-    if not inside or not math.isfinite(value):
-        raise ValueError(f"{name} must be a finite number {expected}, got {value}")

@@ -7,44 +7,39 @@ unchanged but for truncation. ``row`` is the row's number in the dataset that wa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import logging
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import torch.distributed as dist
 from datasets import Dataset, Features, List, Value
 
-from fused_losses.trainer.sequences import (
-    Scored,
-    common_prefix,
-    encode_completion,
-    encode_messages,
-    encode_text,
-    is_conversation,
-    keep,
-)
+from fused_losses.trainer.columns import Choices, Format
+from fused_losses.trainer.formats import pair_format, sft_format
+from fused_losses.trainer.sequences import IGNORE as IGNORE
+from fused_losses.trainer.sequences import SIDES as SIDES
+from fused_losses.trainer.sequences import UnlearnableError, keep, parts, text_tokenizer
 
-IGNORE = -100
-SIDES = ("chosen_", "rejected_")
-_SFT_FORMATS = (
-    "messages | text | prompt, completion | input_ids, labels | input_ids, completion_mask | "
-    "input_ids"
-)
-_PAIR_FORMATS = (
-    "prompt, chosen, rejected | chosen, rejected | prompt_ids, chosen_ids, rejected_ids | "
-    "chosen_input_ids, chosen_labels, rejected_input_ids, rejected_labels"
+logger = logging.getLogger(__name__)
+
+_FIT = (
+    "use the model's own tokenizer; if tokens were added to it, call "
+    "model.resize_token_embeddings(len(tokenizer)) first"
 )
 
 
 @dataclass(frozen=True)
-class Preparation:
+class Preparation(Choices):
     """How rows become tokens.
 
-    Attributes:
-        tokenizer: Needed by text and messages, None for tokenised data.
+    Attributes, beside those of :class:`Choices`:
+        tokenizer: Needed by text and messages, None for tokenised data. A processor's tokenizer
+            is taken.
         vocabulary: Token ids must lie in [0, vocabulary).
         max_length: Longest sequence, None for no limit.
         truncation_mode: ``keep_start`` or ``keep_end``.
-        completion_only_loss: Score only the completion; None: where a prompt is given.
+        drop_unlearnable_rows: Leave out rows that nothing can be learnt from.
         num_proc: Processes to use.
     """
 
@@ -52,39 +47,28 @@ class Preparation:
     vocabulary: int
     max_length: int | None
     truncation_mode: str
-    completion_only_loss: bool | None = None
+    drop_unlearnable_rows: bool = False
     num_proc: int | None = None
 
     def sft(self, dataset: Any, name: str) -> Dataset:
-        """Prepare a dataset for SFT.
+        """Prepare a dataset for SFT, and log what of it is scored.
 
         Raises:
-            TypeError: ``dataset`` is not a ``datasets.Dataset``.
-            ValueError: Missing columns, or a row that nothing can be learnt from; named.
+            TypeError: ``dataset`` is not a ``datasets.Dataset``, or no tokenizer was given.
+            ValueError: Missing columns, columns that are not read and would change what is learnt,
+                or a row that nothing can be learnt from; named.
         """
-        columns = _columns(dataset, name)
-        read, sources = _sft_reader(columns, self, name)
-        return self._map(dataset, name, read, sources, ("",))
+        dataset = _plain(dataset, name)
+        form = sft_format(dataset, text_tokenizer(self.tokenizer), self, name)
+        return self._map(dataset, name, form, ("",))
 
     def pairs(self, dataset: Any, name: str) -> Dataset:
-        """Prepare a dataset for preference learning.
+        """Prepare a dataset for preference learning; as :meth:`sft`."""
+        dataset = _plain(dataset, name)
+        form = pair_format(dataset, text_tokenizer(self.tokenizer), name)
+        return self._map(dataset, name, form, SIDES)
 
-        Raises:
-            TypeError: ``dataset`` is not a ``datasets.Dataset``.
-            ValueError: Missing columns, or a row that nothing can be learnt from; named.
-        """
-        columns = _columns(dataset, name)
-        read, sources = _pair_reader(columns, self, name)
-        return self._map(dataset, name, read, sources, SIDES)
-
-    def _map(
-        self,
-        dataset: Dataset,
-        name: str,
-        read: _Reader,
-        sources: Mapping[str, str],
-        sides: tuple[str, ...],
-    ) -> Dataset:
+    def _map(self, dataset: Dataset, name: str, form: Format, sides: tuple[str, ...]) -> Dataset:
         given = [f"{side}ref_logps" in dataset.column_names for side in sides]
         if any(given) and not all(given):
             raise ValueError(
@@ -102,62 +86,107 @@ class Preparation:
                 features[f"{side}ref_logps"] = List(Value("float32"))
         if with_ref and "ref_model" in dataset.column_names:
             features["ref_model"] = Value("string")
-        unused = [column for column in dataset.column_names if column not in features]
+        if self.drop_unlearnable_rows:
+            features["unlearnable"] = Value("string")
 
-        def convert(row: dict[str, Any], number: int) -> dict[str, Any]:
-            out: dict[str, Any] = {"row": number}
-            for side in sides:
-                where = f"{name}, row {number}, column {sources[side]!r}"
-                try:
-                    ids, labels = read(row, side)
-                    cut = self._checked(ids, labels)
-                    if with_ref:
-                        ref = _reference(row[f"{side}ref_logps"], ids, cut)
-                        out[f"{side}ref_logps"] = ref
-                except ValueError as error:
-                    raise ValueError(f"{where}: {error}") from None
-                out[f"{side}input_ids"], out[f"{side}labels"] = ids[cut], labels[cut]
+        def convert(batch: Any, numbers: list[int]) -> dict[str, list[Any]]:
+            out: dict[str, list[Any]] = {column: [] for column in features}
+            for i, number in enumerate(numbers):
+                row = {column: batch[column][i] for column in batch}
+                for found in self._sequences(row, form, sides, f"{name}, row {number}"):
+                    found["row"] = number
+                    for column, values in out.items():
+                        values.append(found.get(column))
             return out
 
-        return dataset.map(
+        read = [c for c in dataset.column_names if c in form.used or c in features]
+        made = dataset.select_columns(read).map(
             convert,
+            batched=True,
             with_indices=True,
-            remove_columns=unused,
+            remove_columns=read,
             features=Features(features),
             num_proc=self.num_proc,
             desc=f"Preparing {name}",
         )
+        made = _without_unlearnable(made, name)
+        _report(dataset, made, form, sides, name, unread=set(dataset.column_names) - set(read))
+        return made
+
+    def _sequences(
+        self, row: dict[str, Any], form: Format, sides: tuple[str, ...], where: str
+    ) -> list[dict[str, Any]]:
+        """Return what a row becomes: the columns of each of its sequences, or of its pair."""
+        found: list[dict[str, Any]] = []
+        for side in sides:
+            place = f"{where}, column {form.sources[side]!r}"
+            try:
+                made = self._side(row, form, side)
+            except UnlearnableError as error:
+                made = [str(error)]
+            except ValueError as error:
+                raise ValueError(f"{place}: {error}") from None
+            found = found or [{"ref_model": row.get("ref_model")} for _ in made]
+            for columns, one in zip(found, made, strict=True):
+                if isinstance(one, str):
+                    if not self.drop_unlearnable_rows:
+                        raise ValueError(
+                            f"{place}: {one} (drop_unlearnable_rows=True leaves out such rows)"
+                        )
+                    columns.setdefault("unlearnable", f"{place}: {one}")
+                else:
+                    columns |= one
+        return found
+
+    def _side(self, row: dict[str, Any], form: Format, side: str) -> list[dict[str, Any] | str]:
+        """Return the columns of each sequence of a side, or why nothing can be learnt from it."""
+        ids, labels = form.read(row, side)
+        name = f"{side}ref_logps"
+        if name in row:
+            _check_length(row[name], ids)
+        found: list[dict[str, Any] | str] = []
+        for part in parts(row, side, len(ids)):
+            mine, scored = ids[part], labels[part]
+            try:
+                cut = self._checked(mine, scored)
+            except UnlearnableError as error:
+                found.append(str(error))
+                continue
+            columns: dict[str, Any] = {f"{side}input_ids": mine[cut], f"{side}labels": scored[cut]}
+            if name in row:
+                columns[name] = _reference(row[name][part], cut)
+            found.append(columns)
+        return found
 
     def _checked(self, ids: list[int], labels: list[int]) -> slice:
         """Return what truncation leaves of a sequence, if something can be learnt from it."""
         if not ids:
-            raise ValueError("has no tokens: remove the row")
-        if len(labels) != len(ids):
-            raise ValueError(f"has {len(ids)} tokens and {len(labels)} labels; give one each")
+            raise UnlearnableError("has no tokens: remove the row")
         least, most = min(ids), max(ids)
         if least < 0 or most >= self.vocabulary:
             raise ValueError(
                 f"holds token id {least if least < 0 else most}, outside the model's vocabulary "
-                f"[0, {self.vocabulary}); use the model's own tokenizer"
-            )
-        cut = keep(len(ids), self.max_length, self.truncation_mode)
-        if all(label == IGNORE for label in labels[1:]):
-            raise ValueError("has no token to score: all labels are masked; remove the row")
-        if all(label == IGNORE for label in labels[cut][1:]):
-            raise ValueError(
-                f"has no token to score within max_length={self.max_length} of its {len(ids)} "
-                "tokens; raise max_length, use truncation_mode='keep_end', or remove the row"
+                f"[0, {self.vocabulary}); {_FIT}"
             )
         bad = next((x for x in labels if x != IGNORE and not 0 <= x < self.vocabulary), None)
         if bad is not None:
-            raise ValueError(f"has label {bad}, which is neither {IGNORE} nor a token id")
+            raise ValueError(
+                f"has label {bad}, which is neither {IGNORE} nor a token id in the model's "
+                f"vocabulary [0, {self.vocabulary}); {_FIT}"
+            )
+        cut = keep(len(ids), self.max_length, self.truncation_mode)
+        if all(label == IGNORE for label in labels[1:]):
+            raise UnlearnableError("has no token to score: all labels are masked; remove the row")
+        if all(label == IGNORE for label in labels[cut][1:]):
+            raise UnlearnableError(
+                f"has no token to score within max_length={self.max_length} of its {len(ids)} "
+                "tokens; raise max_length, use truncation_mode='keep_end', or remove the row"
+            )
         return cut
 
 
-_Reader = Callable[[dict[str, Any], str], tuple[list[int], list[int]]]
-
-
-def _columns(dataset: Any, name: str) -> set[str]:
+def _plain(dataset: Any, name: str) -> Dataset:
+    """Return a dataset whose rows are read as lists and numbers, whatever its format is."""
     if not isinstance(dataset, Dataset):
         raise TypeError(
             f"{name} must be a datasets.Dataset, got {type(dataset).__name__}; for a list of dicts "
@@ -166,137 +195,75 @@ def _columns(dataset: Any, name: str) -> set[str]:
         )
     if not len(dataset):
         raise ValueError(f"{name} has no rows")
-    return set(dataset.column_names)
-
-
-def _sft_reader(columns: set[str], p: Preparation, name: str) -> tuple[_Reader, dict[str, str]]:
-    only = p.completion_only_loss
-    if "input_ids" in columns:
-        if only and not columns & {"labels", "completion_mask"}:
-            raise ValueError(
-                f"completion_only_loss=True: {name} has input_ids but neither labels nor "
-                "completion_mask to tell what the completion is"
-            )
-
-        def tokens(row: dict[str, Any], side: str) -> tuple[list[int], list[int]]:
-            ids = row["input_ids"]
-            if "labels" in row:
-                return ids, row["labels"]
-            if only is False or "completion_mask" not in row:
-                return ids, list(ids)
-            mask = row["completion_mask"]
-            if len(mask) != len(ids):
-                raise ValueError(f"has {len(ids)} tokens and a completion_mask of {len(mask)}")
-            return ids, [i if m else IGNORE for i, m in zip(ids, mask, strict=True)]
-
-        return tokens, {"": "input_ids"}
-
-    if {"prompt", "completion"} <= columns:
-        source = "completion"
-
-        def encode(row: dict[str, Any]) -> Scored:
-            return encode_completion(p.tokenizer, row["prompt"], row["completion"])
-
-        only = only is not False
-    elif "messages" in columns:
-        source = "messages"
-
-        def encode(row: dict[str, Any]) -> Scored:
-            turns = row["messages"]
-            if not is_conversation(turns):
-                raise ValueError("must be a list of messages, {'role': ..., 'content': ...}")
-            if only:
-                return encode_completion(p.tokenizer, turns[:-1], turns[-1:])
-            return Scored(encode_messages(p.tokenizer, turns), 0)
-
-    elif "text" in columns:
-        source = "text"
-        if only:
-            raise ValueError(
-                f"completion_only_loss=True: {name} has a text column, which knows no prompt; "
-                "give prompt and completion columns"
-            )
-
-        def encode(row: dict[str, Any]) -> Scored:
-            if not isinstance(row["text"], str) or not row["text"]:
-                raise ValueError("must be a text that is not empty")
-            return Scored(encode_text(p.tokenizer, row["text"]), 0)
-
-    else:
+    form = dataset.format
+    if form["type"] == "custom":
         raise ValueError(
-            f"{name} has the columns {', '.join(sorted(columns))}; SFT needs one of: {_SFT_FORMATS}"
+            f"{name} has a transform (with_transform), which would run once, and not as often as "
+            "a row is read; apply it with map, or take it off with with_format(None)"
         )
-    _need_tokenizer(p, name, source)
-
-    def read(row: dict[str, Any], side: str) -> tuple[list[int], list[int]]:
-        ids, start = encode(row)
-        return ids, _mask(ids, start if only else 0)
-
-    return read, {"": source}
+    return dataset.with_format(None).select_columns(form["columns"])
 
 
-def _pair_reader(columns: set[str], p: Preparation, name: str) -> tuple[_Reader, dict[str, str]]:
-    if {f"{side}{part}" for side in SIDES for part in ("input_ids", "labels")} <= columns:
-
-        def prepared(row: dict[str, Any], side: str) -> tuple[list[int], list[int]]:
-            return row[f"{side}input_ids"], row[f"{side}labels"]
-
-        return prepared, {side: f"{side}input_ids" for side in SIDES}
-    if {"prompt_ids", "chosen_ids", "rejected_ids"} <= columns:
-
-        def tokens(row: dict[str, Any], side: str) -> tuple[list[int], list[int]]:
-            ids = [*row["prompt_ids"], *row[f"{side}ids"]]
-            return ids, _mask(ids, len(row["prompt_ids"]))
-
-        return tokens, {side: f"{side}ids" for side in SIDES}
-    if not {"chosen", "rejected"} <= columns:
-        raise ValueError(
-            f"{name} has the columns {', '.join(sorted(columns))}; preference learning needs one "
-            f"of: {_PAIR_FORMATS}"
+def _without_unlearnable(dataset: Dataset, name: str) -> Dataset:
+    if "unlearnable" not in dataset.column_names:
+        return dataset
+    why = dataset["unlearnable"][:]
+    bad = [reason for reason in why if reason is not None]
+    dataset = dataset.remove_columns("unlearnable")
+    if not bad:
+        return dataset
+    if len(bad) == len(why):
+        raise ValueError(f"{name} has no row that can be learnt from; the first: {bad[0]}")
+    if _speaks():
+        logger.warning(
+            "%s: %d of %d rows left out, the first: %s", name, len(bad), len(why), bad[0]
         )
-    _need_tokenizer(p, name, "chosen")
-
-    def read(row: dict[str, Any], side: str) -> tuple[list[int], list[int]]:
-        answer = row[side[:-1]]
-        if row.get("prompt") is not None:
-            ids, start = encode_completion(p.tokenizer, row["prompt"], answer)
-        else:
-            ids, start = _after_common_prefix(p.tokenizer, row["chosen"], row["rejected"], side)
-        return ids, _mask(ids, start)
-
-    return read, {side: side[:-1] for side in SIDES}
+    return dataset.select([i for i, reason in enumerate(why) if reason is None]).flatten_indices()
 
 
-def _after_common_prefix(tokenizer: Any, chosen: Any, rejected: Any, side: str) -> Scored:
-    """Take what both sides begin with as their prompt: whole messages, or tokens of a text."""
-    answer = chosen if side == SIDES[0] else rejected
-    if is_conversation(chosen) and is_conversation(rejected):
-        shared = common_prefix(chosen, rejected)
-        if shared == 0:
-            raise ValueError("chosen and rejected share no message; add a prompt column")
-        return encode_completion(tokenizer, chosen[:shared], answer[shared:])
-    if not (isinstance(chosen, str) and isinstance(rejected, str)):
-        raise ValueError("chosen and rejected must both be text or both lists of messages")
-    ids = [encode_text(tokenizer, text) for text in (chosen, rejected)]
-    if ids[0] == ids[1]:
-        raise ValueError("equals the other side; a pair needs a difference: remove the row")
-    return Scored(ids[SIDES.index(side)], common_prefix(*ids))
+def _report(
+    dataset: Dataset,
+    made: Dataset,
+    form: Format,
+    sides: tuple[str, ...],
+    name: str,
+    unread: set[str],
+) -> None:
+    """Log what is scored, what is not read, and what looks wrong."""
+    if not _speaks():
+        return
+    scored, tokens = _count(made, sides)
+    line = (
+        f"{name}: {len(made)} rows, {scored / tokens:.1%} of {tokens} tokens scored: {form.scored}"
+    )
+    if form.by_default:
+        line += " (assistant_only_loss=False scores every token)"
+    if unread:
+        line += f"; columns not read: {', '.join(sorted(unread))}"
+    # What was chosen for the user, or left out, is said where informations are not shown.
+    logger.log(logging.WARNING if form.by_default or unread else logging.INFO, line)
+    for note in (*form.notes, *form.warn(dataset[0])):
+        logger.warning("%s: %s", name, note)
 
 
-def _need_tokenizer(p: Preparation, name: str, column: str) -> None:
-    if p.tokenizer is None:
-        raise ValueError(
-            f"processing_class is needed to tokenise the column {column!r} of {name}; pass the "
-            "model's tokenizer"
-        )
+def _count(dataset: Dataset, sides: tuple[str, ...]) -> tuple[int, int]:
+    """Count the tokens that are scored, and all; nothing predicts the first of a sequence."""
+    scored = tokens = 0
+    for batch in dataset.with_format("arrow").iter(1000):
+        for side in sides:
+            lists = batch[f"{side}labels"].combine_chunks()
+            labels = lists.flatten().to_numpy() != IGNORE
+            lengths = lists.value_lengths().to_numpy()
+            scored += int(labels.sum()) - int(labels[np.cumsum(lengths) - lengths].sum())
+            tokens += len(labels)
+    return scored, tokens
 
 
-def _mask(ids: list[int], start: int) -> list[int]:
-    return [IGNORE] * start + list(ids[start:])
+def _speaks() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def _reference(ref: list[float], ids: list[int], cut: slice) -> list[float]:
-    """Cut given references as the tokens are cut."""
+def _check_length(ref: list[float] | None, ids: list[int]) -> None:
     if ref is None or len(ref) != len(ids):
         got = "none" if ref is None else len(ref)
         raise ValueError(
@@ -304,6 +271,10 @@ def _reference(ref: list[float], ids: list[int], cut: slice) -> list[float]:
             "tokenizer or other options: drop the ref_logps columns and let the trainer compute "
             "them"
         )
+
+
+def _reference(ref: list[float], cut: slice) -> list[float]:
+    """Cut given references as the tokens are cut."""
     if cut.start > 0:
         raise ValueError(
             "given ref_logps do not survive truncation_mode='keep_end', which takes away what "

@@ -34,10 +34,11 @@ class DPOTrainer(PostTrainer):
         args: The :class:`DPOConfig`.
         train_dataset: ``datasets.Dataset`` with columns ``prompt``, ``chosen``, ``rejected`` (text
             or messages), or ``chosen`` and ``rejected`` that begin alike; or tokenised:
-            ``prompt_ids``, ``chosen_ids``, ``rejected_ids``. A batch holds
+            ``prompt_ids``, ``chosen_ids``, ``rejected_ids``. Responses may repeat the prompt.
+            Messages may come with ``tools`` and ``chat_template_kwargs``. A batch holds
             ``per_device_train_batch_size`` pairs.
         eval_dataset: The same, or a dict of them.
-        processing_class: The tokenizer; None for tokenised data.
+        processing_class: The tokenizer, or a processor with one; None for tokenised data.
         ref_model: The reference, if it is not the starting weights.
         peft_config: Wrap the model with this PEFT configuration first.
         callbacks: As for ``Trainer``.

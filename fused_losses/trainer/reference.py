@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -149,6 +150,7 @@ def precompute_ref_logps(
     processing_class: Any = None,
     *,
     name: str = "dataset",
+    formatting_func: Callable[[dict[str, Any]], str] | None = None,
 ) -> Dataset:
     """Tokenise a dataset and compute the reference log-probs of its labels, once.
 
@@ -164,6 +166,7 @@ def precompute_ref_logps(
         args: An :class:`SFTConfig` or :class:`DPOConfig`.
         processing_class: The tokenizer; None for tokenised data.
         name: What errors and progress call the dataset.
+        formatting_func: As :class:`SFTTrainer` takes it.
 
     Returns:
         The prepared dataset with ``ref_logps`` (SFT), or ``chosen_ref_logps`` and
@@ -174,12 +177,17 @@ def precompute_ref_logps(
         TypeError: Not a ``datasets.Dataset``.
         ValueError: Rows that nothing can be learnt from, or a cache that does not fit; named.
     """
-    prepared = prepare(dataset, args, model, processing_class, name)
+    prepared = prepare(dataset, args, model, processing_class, name, formatting_func)
     return Reference(model, args).attach(prepared, name)
 
 
 def prepare(
-    dataset: Any, args: SFTConfig | DPOConfig, model: Any, processing_class: Any, name: str
+    dataset: Any,
+    args: SFTConfig | DPOConfig,
+    model: Any,
+    processing_class: Any,
+    name: str,
+    formatting_func: Callable[[dict[str, Any]], str] | None = None,
 ) -> Dataset:
     """Tokenise a dataset as the config says."""
     preparation = Preparation(
@@ -187,11 +195,18 @@ def prepare(
         vocabulary=model.config.get_text_config().vocab_size,
         max_length=args.max_length,
         truncation_mode=args.truncation_mode,
-        completion_only_loss=args.completion_only_loss if isinstance(args, SFTConfig) else True,
+        drop_unlearnable_rows=args.drop_unlearnable_rows,
         num_proc=args.dataset_num_proc,
     )
-    read = preparation.sft if isinstance(args, SFTConfig) else preparation.pairs
-    return read(dataset, name)
+    if not isinstance(args, SFTConfig):
+        return preparation.pairs(dataset, name)
+    return replace(
+        preparation,
+        completion_only_loss=args.completion_only_loss,
+        assistant_only_loss=args.assistant_only_loss,
+        dataset_text_field=args.dataset_text_field,
+        formatting_func=formatting_func,
+    ).sft(dataset, name)
 
 
 def _precision(args: SFTConfig | DPOConfig) -> str:

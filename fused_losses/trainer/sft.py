@@ -31,14 +31,20 @@ class SFTTrainer(PostTrainer):
     Args:
         model: A causal LM of transformers, a PeftModel, or a name to load (with its tokenizer).
         args: The :class:`SFTConfig`.
-        train_dataset: ``datasets.Dataset`` with columns ``messages``; ``prompt`` and ``completion``
-            (text or messages); ``text``; or tokenised: ``input_ids`` with ``labels`` or
-            ``completion_mask``. With ``ref_logps`` per token if they are known already.
+        train_dataset: ``datasets.Dataset`` with columns ``messages`` (of which the assistant's
+            turns are scored); ``prompt`` and ``completion`` (text or messages, of which the
+            completion is); ``text``; or tokenised: ``input_ids`` with ``labels``,
+            ``completion_mask`` or ``assistant_masks``, and ``attention_mask``, ``seq_lengths`` or
+            ``position_ids`` where rows are padded or packed. Messages may come with ``tools`` and
+            ``chat_template_kwargs``. With ``ref_logps`` per token if they are known already.
+            Columns that mean something else for training (images, ...) are refused; others are
+            named in the log.
         eval_dataset: The same, or a dict of them.
-        processing_class: The tokenizer; None for tokenised data.
+        processing_class: The tokenizer, or a processor with one; None for tokenised data.
         loss: A ``TokenLoss`` of your own, in place of ``args.loss``.
         ref_model: The reference, if it is not the starting weights.
         peft_config: Wrap the model with this PEFT configuration first.
+        formatting_func: Makes a text of each row, in place of the formats above, as in TRL.
         callbacks: As for ``Trainer``.
         optimizers: As for ``Trainer``.
 
@@ -62,6 +68,7 @@ class SFTTrainer(PostTrainer):
         loss: TokenLoss | None = None,
         ref_model: Any = None,
         peft_config: Any = None,
+        formatting_func: Callable[[dict[str, Any]], str] | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
@@ -89,6 +96,7 @@ class SFTTrainer(PostTrainer):
             ref_model,
             peft_config,
             needs_reference=wanted,
+            formatting_func=formatting_func,
             callbacks=callbacks,
             optimizers=optimizers,
         )

@@ -1,0 +1,331 @@
+"""Which format a dataset has, and how its rows become tokens of which some are scored."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from datasets import Dataset
+
+from fused_losses.trainer.chat import Chat, is_conversation, without_prompt
+from fused_losses.trainer.columns import (
+    FOR_TEMPLATE,
+    OF_ROW,
+    Choices,
+    Format,
+    checked,
+    not_text,
+    templated,
+)
+from fused_losses.trainer.sequences import (
+    SIDES,
+    Labelled,
+    Scored,
+    UnlearnableError,
+    common_prefix,
+    encode_continuation,
+    encode_text,
+    scored_from,
+)
+
+_SFT_FORMATS = (
+    "messages | text | prompt, completion | input_ids, labels | input_ids, completion_mask | "
+    "input_ids, assistant_masks | input_ids"
+)
+_PAIR_FORMATS = (
+    "prompt, chosen, rejected | chosen, rejected | prompt_ids, chosen_ids, rejected_ids | "
+    "chosen_input_ids, chosen_labels, rejected_input_ids, rejected_labels"
+)
+
+
+def sft_format(dataset: Dataset, tokenizer: Any, choices: Choices, name: str) -> Format:
+    """Find the format of a dataset for SFT.
+
+    Raises:
+        ValueError: Missing columns, columns that would change what is learnt and are not read, or
+            choices that the format does not have; named.
+    """
+    columns = set(dataset.column_names)
+    if choices.formatting_func is not None:
+        made = _formatted(columns, tokenizer, choices, name)
+    elif "input_ids" in columns:
+        made = _tokens(columns, choices, name)
+    elif {"prompt", "completion"} <= columns:
+        made = _prompted(dataset, tokenizer, choices)
+    elif "messages" in columns:
+        made = _messages(tokenizer, choices)
+    elif choices.dataset_text_field in columns:
+        made = _text(tokenizer, choices, name)
+    else:
+        raise ValueError(
+            f"{name} has the columns {', '.join(sorted(columns))}; SFT needs one of: {_SFT_FORMATS}"
+            f" (text: dataset_text_field={choices.dataset_text_field!r})"
+        )
+    return checked(made, columns, tokenizer, name)
+
+
+def pair_format(dataset: Dataset, tokenizer: Any, name: str) -> Format:
+    """Find the format of a dataset for preference learning.
+
+    Raises:
+        ValueError: Missing columns, or columns that would change what is learnt and are not read;
+            named.
+    """
+    columns = set(dataset.column_names)
+    sources = {side: side[:-1] for side in SIDES}
+    if {f"{side}{part}" for side in SIDES for part in ("input_ids", "labels")} <= columns:
+
+        def prepared(row: dict[str, Any], side: str) -> Labelled:
+            return _labelled(row[f"{side}input_ids"], row[f"{side}labels"])
+
+        used = {f"{s}{part}" for s in SIDES for part in ("input_ids", "labels", "attention_mask")}
+        sources = {side: f"{side}input_ids" for side in SIDES}
+        made = Format(prepared, sources, frozenset(used), "the labels that are not -100")
+    elif {"prompt_ids", "chosen_ids", "rejected_ids"} <= columns:
+
+        def tokens(row: dict[str, Any], side: str) -> Labelled:
+            ids = [*row["prompt_ids"], *row[f"{side}ids"]]
+            return scored_from(ids, len(row["prompt_ids"])).labelled()
+
+        used = {"prompt_ids", "chosen_ids", "rejected_ids"}
+        sources = {side: f"{side}ids" for side in SIDES}
+        made = Format(tokens, sources, frozenset(used), "the responses")
+    elif {"chosen", "rejected"} <= columns:
+        repeated = "prompt" in columns and _repeats(dataset, ("chosen", "rejected"))
+
+        def read(row: dict[str, Any], side: str) -> Labelled:
+            if row.get("prompt") is None:
+                return _after_common_prefix(tokenizer, row, side).labelled()
+            found = _continue(tokenizer, row, row["prompt"], row[side[:-1]], repeated)
+            return found.labelled()
+
+        made = Format(
+            read,
+            sources,
+            frozenset({"prompt", "chosen", "rejected", *templated(dataset, "chosen")}),
+            "the responses",
+            warn=lambda row: _warnings(tokenizer, row, row.get("prompt"), row["chosen"]),
+            notes=_repetition("responses") if repeated else (),
+        )
+    else:
+        raise ValueError(
+            f"{name} has the columns {', '.join(sorted(columns))}; preference learning needs one "
+            f"of: {_PAIR_FORMATS}"
+        )
+    return checked(made, columns, tokenizer, name)
+
+
+def _formatted(columns: set[str], tokenizer: Any, choices: Choices, name: str) -> Format:
+    function = choices.formatting_func
+    if function is None:
+        raise TypeError("formatting_func must be a function")
+    if "input_ids" in columns:
+        raise ValueError(f"formatting_func makes a text of a row, and {name} has input_ids already")
+    _no_masks(choices, "formatting_func makes one text of a row")
+
+    def read(row: dict[str, Any], side: str) -> Labelled:
+        return _whole_text(tokenizer, function(row), "formatting_func must return a text")
+
+    # The function sees all of the row, but makes no more than text of it.
+    used = frozenset(columns - not_text(columns))
+    return Format(read, {"": "formatting_func"}, used, "every token")
+
+
+def _tokens(columns: set[str], choices: Choices, name: str) -> Format:
+    only, assistant = choices.completion_only_loss, choices.assistant_only_loss
+    masks = []
+    if "completion_mask" in columns and only is not False:
+        masks.append("completion_mask")
+    if "assistant_masks" in columns and assistant is not False:
+        masks.append("assistant_masks")
+    if "labels" in columns and masks:
+        raise ValueError(
+            f"{name} has labels and {', '.join(masks)}; labels tell already which tokens are "
+            "scored: remove one of them"
+        )
+    for wanted, option, mask in (
+        (only, "completion_only_loss", "completion_mask"),
+        (assistant, "assistant_only_loss", "assistant_masks"),
+    ):
+        if wanted and not columns & {"labels", mask}:
+            raise ValueError(
+                f"{option}=True: {name} has input_ids but neither labels nor {mask} to tell what "
+                "is scored"
+            )
+
+    def read(row: dict[str, Any], side: str) -> Labelled:
+        ids = row["input_ids"]
+        if "labels" in row:
+            return _labelled(ids, row["labels"])
+        for name in masks:
+            if len(row[name]) != len(ids):
+                raise ValueError(f"has {len(ids)} tokens and a {name} of {len(row[name])}")
+        mask = [all(row[name][i] for name in masks) for i in range(len(ids))]
+        return Scored(ids, mask).labelled()
+
+    used = {"input_ids", "labels", "ref_logps", "ref_model", *OF_ROW}
+    scored = "the labels that are not -100" if "labels" in columns else " and ".join(masks)
+    masks_told = {"completion_mask", "assistant_masks"}
+    return Format(read, {"": "input_ids"}, frozenset(used | masks_told), scored or "every token")
+
+
+def _prompted(dataset: Dataset, tokenizer: Any, choices: Choices) -> Format:
+    only, assistant = choices.completion_only_loss is not False, bool(choices.assistant_only_loss)
+    repeated = _repeats(dataset, ("completion",))
+
+    def read(row: dict[str, Any], side: str) -> Labelled:
+        prompt, completion = row["prompt"], row["completion"]
+        if assistant and not is_conversation(completion):
+            raise ValueError("assistant_only_loss=True needs messages, got a text")
+        found = _continue(tokenizer, row, prompt, completion, repeated)
+        if not only:
+            found = Scored(found.ids, [True] * len(found.ids))
+        if assistant:
+            chat = Chat(tokenizer, row)
+            asked = chat.read(prompt)
+            turns = [*asked, *without_prompt(asked, chat.read(completion))]
+            found = found.within(chat.assistant(turns))
+        return found.labelled()
+
+    words = ["the completion"] if only else []
+    words += ["the assistant's turns"] if assistant else []
+    return Format(
+        read,
+        {"": "completion"},
+        frozenset({"prompt", "completion", *templated(dataset, "completion")}),
+        "of these, ".join(words) or "every token",
+        warn=lambda row: _warnings(tokenizer, row, row["prompt"], row["completion"]),
+        notes=_repetition("completions") if repeated else (),
+    )
+
+
+def _messages(tokenizer: Any, choices: Choices) -> Format:
+    only, assistant = choices.completion_only_loss, choices.assistant_only_loss
+    by_default = assistant is None and only is None
+    assistant = by_default or bool(assistant)
+
+    def read(row: dict[str, Any], side: str) -> Labelled:
+        turns = row["messages"]
+        if not is_conversation(turns):
+            raise ValueError("must be a list of messages, {'role': ..., 'content': ...}")
+        chat = Chat(tokenizer, row)
+        turns = chat.read(turns)
+        found = chat.completion(turns[:-1], turns[-1:]) if only else chat.whole(turns)
+        return (found.within(chat.assistant(turns)) if assistant else found).labelled()
+
+    words = ["the last message"] if only else []
+    words += ["the assistant's turns"] if assistant else []
+    return Format(
+        read,
+        {"": "messages"},
+        frozenset({"messages", *FOR_TEMPLATE}),
+        "of these, ".join(words) or "every token",
+        by_default,
+        warn=lambda row: _warnings(tokenizer, row, row["messages"][:-1], row["messages"][-1:]),
+    )
+
+
+def _text(tokenizer: Any, choices: Choices, name: str) -> Format:
+    column = choices.dataset_text_field
+    _no_masks(choices, f"{name} has a text column, which knows no prompt and no turns")
+
+    def read(row: dict[str, Any], side: str) -> Labelled:
+        return _whole_text(tokenizer, row[column], "must be a text")
+
+    return Format(read, {"": column}, frozenset({column}), "every token")
+
+
+def _continue(
+    tokenizer: Any, row: dict[str, Any], prompt: Any, answer: Any, repeated: bool
+) -> Scored:
+    """Tokenise a prompt and what follows it, text or messages, and score what follows.
+
+    Raises:
+        UnlearnableError: Nothing follows.
+        ValueError: One is text and the other messages, or the template tells them not apart.
+    """
+    if is_conversation(prompt) and is_conversation(answer):
+        chat = Chat(tokenizer, row)
+        asked = chat.read(prompt)
+        return chat.completion(asked, without_prompt(asked, chat.read(answer)))
+    if isinstance(prompt, str) and isinstance(answer, str):
+        return encode_continuation(tokenizer, prompt, answer[len(prompt) if repeated else 0 :])
+    if isinstance(answer, list) and not answer:
+        raise UnlearnableError("is empty; there is nothing to learn from: remove the row")
+    cure = "give both in one kind"
+    if isinstance(prompt, str) and is_conversation(answer):
+        cure = "write the prompt as [{'role': 'user', 'content': prompt}]"
+        if answer[0].get("content") == prompt:
+            cure = "remove the column prompt, which the messages begin with"
+    elif is_conversation(prompt) and isinstance(answer, str):
+        cure = "write it as [{'role': 'assistant', 'content': text}]"
+    raise ValueError(
+        "must be of the prompt's kind, both text or both lists of messages, got "
+        f"{type(answer).__name__} after a prompt of type {type(prompt).__name__}: {cure}"
+    )
+
+
+def _after_common_prefix(tokenizer: Any, row: dict[str, Any], side: str) -> Scored:
+    """Take what both sides begin with as their prompt: whole messages, or tokens of a text."""
+    pair = [row[s[:-1]] for s in SIDES]
+    this = SIDES.index(side)
+    if all(map(is_conversation, pair)):
+        chat = Chat(tokenizer, row)
+        turns = [chat.read(messages) for messages in pair]
+        shared = common_prefix(*turns)
+        if shared == 0:
+            raise UnlearnableError("chosen and rejected share no message; add a prompt column")
+        return chat.completion(turns[this][:shared], turns[this][shared:])
+    if not all(isinstance(text, str) for text in pair):
+        raise ValueError("chosen and rejected must both be text or both lists of messages")
+    ids = [encode_text(tokenizer, text) for text in pair]
+    if ids[0] == ids[1]:
+        raise UnlearnableError("equals the other side; a pair needs a difference: remove the row")
+    return scored_from(ids[this], common_prefix(*ids))
+
+
+def _repeats(dataset: Dataset, columns: tuple[str, ...]) -> bool:
+    """Whether every text of the columns begins with its whole prompt."""
+    return all(
+        isinstance(row["prompt"], str)
+        and row["prompt"]
+        and all(isinstance(row[c], str) and row[c].startswith(row["prompt"]) for c in columns)
+        for row in dataset.select_columns(["prompt", *columns])
+    )
+
+
+def _repetition(what: str) -> tuple[str, ...]:
+    return (f"all {what} begin with the text of their prompt, which is not put before them again",)
+
+
+def _warnings(tokenizer: Any, row: dict[str, Any], prompt: Any, answer: Any) -> tuple[str, ...]:
+    if not (is_conversation(prompt) and is_conversation(answer)):
+        return ()
+    chat = Chat(tokenizer, row)
+    asked = chat.read(prompt)
+    return chat.warnings(asked, without_prompt(asked, chat.read(answer)))
+
+
+def _whole_text(tokenizer: Any, text: Any, expected: str) -> Labelled:
+    if not isinstance(text, str):
+        raise ValueError(f"{expected}, got {type(text).__name__}")
+    if not text:
+        raise UnlearnableError("is empty; there is nothing to learn from: remove the row")
+    ids = encode_text(tokenizer, text)
+    return ids, list(ids)
+
+
+def _no_masks(choices: Choices, why: str) -> None:
+    for option, asked in (
+        ("completion_only_loss", choices.completion_only_loss),
+        ("assistant_only_loss", choices.assistant_only_loss),
+    ):
+        if asked:
+            raise ValueError(
+                f"{option}=True: {why}; give prompt and completion columns, or messages"
+            )
+
+
+def _labelled(ids: list[int], labels: list[int]) -> Labelled:
+    if len(labels) != len(ids):
+        raise ValueError(f"has {len(ids)} tokens and {len(labels)} labels; give one each")
+    return ids, labels

@@ -1,6 +1,6 @@
 # Every target sets up .venv first if it is missing or older than its pins.
 #   make demo DEMO_ARGS="--steps 20"     make test TEST_ARGS="-k hellinger"     make test JOBS=8
-#   make bench BENCH_ARGS=--quick        make gpu GPU_ARGS="--wheels peers --dry-run"
+#   make bench BENCH_ARGS=--quick        make gpu GPU_ARGS="--wheels peers --list"
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -93,7 +93,7 @@ bench-report: $(READY)  ## Draw tables and plots of the newest results
 kernel-report: $(READY)  ## Compile every kernel for four architectures, no GPU needed; tables to commit
 	@$(PY) benchmarks/kernel_report.py
 
-gpu: $(READY)  ## Run everything that only a GPU can show, in 25 minutes; JSON and log in outputs/gpu
+gpu: $(READY)  ## Run what only a GPU can show, in under 10 minutes; JSON and log in outputs/gpu
 	@$(PY) benchmarks/gpu.py $(GPU_ARGS)
 
 clean:  ## Remove caches and builds

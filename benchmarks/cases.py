@@ -138,7 +138,23 @@ GPU_CASES: tuple[Case, ...] = (
 )
 
 
-def select(device: str, *, quick: bool) -> list[Case]:
-    """Return the cases of a device, in the order in which they run."""
+# Sizes by name, for `--cases`.
+SIZES = {
+    letter: (case.N, case.D, case.V) for letter, case in (("A", _A), ("B", _B), ("asked", _ASKED))
+}
+
+
+def select(device: str, *, quick: bool, named: str = "") -> list[Case]:
+    """Return the cases of a device, in the order in which they run.
+
+    ``named`` holds sizes (A, B, asked) and parts of names ("scaling", "pearson"), separated by
+    commas: cases that meet one of them. Empty: all.
+    """
     cases = GPU_CASES if device == "cuda" else CPU_CASES
-    return [case for case in cases if case.quick or not quick]
+    words = named.split(",") if named else []
+
+    def wanted(case: Case) -> bool:
+        size = (case.N, case.D, case.V)
+        return any(size == SIZES[word] if word in SIZES else word in case.name for word in words)
+
+    return [case for case in cases if (case.quick or not quick) and (wanted(case) or not words)]

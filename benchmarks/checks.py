@@ -1,8 +1,9 @@
 """What ``gpu.py`` runs in processes of their own: small calls, row passes on file, profiles.
 
-``small`` calls everything once, for compute-sanitizer. ``rows --save FILE`` writes what the kernels
-give on fixed inputs, under TRITON_INTERPRET=1 by Triton's interpreter; ``rows --against FILE``
-compares. ``profile`` prints a torch.profiler table per route.
+``small`` calls everything once, for compute-sanitizer. ``rows`` compares what the kernels give on
+fixed inputs with what Triton's interpreter gave, which is carried as a file: interpreter and numpy
+do not go together everywhere (Triton 3.6 with numpy 2.4). With TRITON_INTERPRET=1, ``rows --device
+cpu --save FILE`` writes that file anew. ``profile`` prints a torch.profiler table per route.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import fused_losses
 
 # fp32 sums in another order; 16-bit results may round to the neighbour, bfloat16 being truncated
 # by the interpreter.
+INTERPRETED = Path(__file__).resolve().parent / "results" / "kernels" / "interpreted.pt"
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 8e-3}
 _OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -41,14 +43,17 @@ def _inputs(dtype: torch.dtype, S: int, T: int, D: int, V: int) -> tuple[Tensor,
 
 
 def _gradients(loss: Tensor, *leaves: Tensor) -> list[Tensor]:
-    return [loss.detach(), *torch.autograd.grad(loss, leaves)]
+    """The loss, and of each gradient every 29th number and its norm: enough to see a wrong one."""
+    found = torch.autograd.grad(loss, leaves)
+    norms = torch.stack([g.double().norm() for g in found])
+    return [loss.detach(), norms, *(g.flatten()[::29].contiguous() for g in found)]
 
 
-def row_results(device: str, V: int = 517) -> Iterator[tuple[str, list[Tensor]]]:
+def row_results(device: str, V: int = 4613) -> Iterator[tuple[str, list[Tensor]]]:
     """Every loss from logits and from hidden states, through the Triton kernels."""
     for dtype in TOLERANCE:
         x, w, y, ref = _inputs(dtype, 2, 4, 32, V)
-        z = (x.float() @ w.float().T).to(dtype)
+        z = (x.double() @ w.double().T).to(dtype)  # rounded alike by every machine
         x, w, z, y, ref = (t.to(device) for t in (x, w, z, y, ref))
         x, w, z = (t.requires_grad_() for t in (x, w, z))
         calls = [(loss, "plain") for loss in fused_losses.TOKEN_LOSSES]
@@ -169,15 +174,13 @@ def main() -> int:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--backend", default="triton", help="of small")
     parser.add_argument("--save", type=Path)
-    parser.add_argument("--against", type=Path)
+    parser.add_argument("--against", type=Path, default=INTERPRETED)
     parser.add_argument("--size", type=int, nargs=3, default=(4096, 2048, 65536), help="of profile")
     options = parser.parse_args()
     if options.what == "small":
         return small(options.device, options.backend)
     if options.what == "profile":
         return profiles(options.device, *options.size)
-    if (options.save is None) == (options.against is None):
-        parser.error("rows needs one of --save FILE and --against FILE")
     if options.save is not None:
         return save_rows(options.save, options.device)
     torch.backends.cuda.matmul.allow_tf32 = False

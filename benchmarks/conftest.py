@@ -19,6 +19,8 @@ HAS_GPU = torch.cuda.is_available()
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("fused-losses benchmarks")
     group.addoption("--quick", action="store_true", help="small cases, few rounds: under 3 minutes")
+    group.addoption("--cases", default="", help="A, B, asked or parts of names, with commas")
+    group.addoption("--no-slow-peers", action="store_true", help="none that compiles for long")
     group.addoption("--device", choices=("cpu", "cuda"), default="cuda" if HAS_GPU else "cpu")
     group.addoption("--seconds", type=float, help="of rounds per case")
     group.addoption("--stop-after", type=float, metavar="S", help="start no case after S seconds")
@@ -72,6 +74,8 @@ class Journal:
 
 def _effort(config: pytest.Config, device: str, *, quick: bool) -> Effort:
     effort = QUICK if quick else GPU if device == "cuda" else Effort()
+    if config.getoption("no_slow_peers"):
+        effort = replace(effort, slow_peers=False)
     seconds = config.getoption("seconds")
     return effort if seconds is None else replace(effort, seconds=seconds)
 

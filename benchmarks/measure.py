@@ -168,7 +168,7 @@ def _probe(
     prepare, budget = contender.peer.prepare, contender.budget
     run = prepare(case, batch, budget)
     if contender.peer.slow and not effort.slow_peers:
-        raise UnavailableError("compiles for long: not part of a quick run")
+        raise UnavailableError("compiles for long: not part of this run")
     errors: dict[str, float] = {}
     same_loss = contender.peer not in (BESIDE["mle"], BESIDE["unmasked"])
     if same_loss and judged is not batch:

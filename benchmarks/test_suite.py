@@ -9,7 +9,7 @@ from measure import measure, summary
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     option = metafunc.config.getoption
-    cases = select(option("device"), quick=option("quick"))
+    cases = select(option("device"), quick=option("quick"), named=option("cases"))
     metafunc.parametrize("case", cases, ids=[case.name for case in cases])
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any, ClassVar
 
 from torch import nn
 
 from fused_losses import functional as F
-from fused_losses.functional.options import CommonOptions, LinearOptions
+from fused_losses.functional.options import keywords_of
 from fused_losses.preference import preference_loss
 
 
@@ -24,7 +23,7 @@ class _Options(nn.Module):
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
-        allowed = _keywords(type(self).function)
+        allowed = keywords_of(type(self).function)
         for name in options:
             if name not in allowed:
                 raise TypeError(
@@ -40,16 +39,6 @@ class _Options(nn.Module):
     def extra_repr(self) -> str:
         """Show the options."""
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
-
-
-def _keywords(function: Callable[..., Any]) -> set[str]:
-    parameters = inspect.signature(function).parameters.values()
-    names = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
-    if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        linear = "linear_weight" in {p.name for p in parameters}
-        shared = LinearOptions if linear else CommonOptions
-        names |= set(CommonOptions.__annotations__) | set(shared.__annotations__)
-    return names
 
 
 class MLELoss(_Options):

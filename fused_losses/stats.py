@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import Tensor
@@ -22,3 +23,21 @@ class TokenStats(NamedTuple):
     lse: Tensor
     entropy: Tensor | None
     is_top1: Tensor
+
+
+def call_on_stats(
+    loss_fn: Callable[[TokenStats, Tensor], Tensor], stats: TokenStats, rows: Tensor
+) -> Tensor:
+    """Call a user's loss; if it trips over the entropy that was not asked for, say how to ask.
+
+    Raises:
+        TypeError: ``loss_fn`` computed with None, while ``stats.entropy`` is None.
+    """
+    try:
+        return loss_fn(stats, rows)
+    except (AttributeError, TypeError) as error:
+        if stats.entropy is not None or "NoneType" not in str(error):
+            raise
+        raise TypeError(
+            f"{error}, in loss_fn: stats.entropy is None unless linear_loss is given entropy=True"
+        ) from error

@@ -3,11 +3,9 @@
 from fused_losses.functional.linear import (
     linear_dpo_loss,
     linear_hellinger_loss,
-    linear_loss,
     linear_mle_loss,
     linear_pearson_loss,
     linear_token_loss,
-    linear_token_stats,
 )
 from fused_losses.functional.logits import (
     dpo_loss,
@@ -24,6 +22,7 @@ from fused_losses.functional.options import (
     SharedLinearOptions,
     SharedOptions,
 )
+from fused_losses.functional.own_loss import linear_loss, linear_token_stats
 
 __all__ = [
     "CommonOptions",

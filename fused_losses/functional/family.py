@@ -7,15 +7,9 @@ from typing import Any, get_args
 
 from torch import Tensor
 
+from fused_losses.arguments import check_choice, check_max_weight, check_number
 from fused_losses.backends import Objective
-from fused_losses.functional.options import (
-    Level,
-    Options,
-    check_choice,
-    check_max_weight,
-    check_number,
-    check_token_loss,
-)
+from fused_losses.functional.options import Level, Options, check_token_loss
 from fused_losses.functional.sequence_level import run_sequence_level
 from fused_losses.functional.sources import Source
 from fused_losses.functional.token_level import run_token_level
@@ -40,8 +34,8 @@ class Family:
             ValueError: An option out of range, a missing reference, smoothing of a ratio loss.
         """
         loss = check_token_loss(self.loss)
-        check_number("beta", self.beta)
-        check_max_weight(self.max_weight)
+        beta = check_number("beta", self.beta, low=0.0)
+        max_weight = check_max_weight(self.max_weight)
         check_choice("level", self.level, get_args(Level))
         if self.level == "token" and self.segment_ids is not None:
             raise ValueError("segment_ids belongs to level='sequence', got level='token'")
@@ -55,9 +49,9 @@ class Family:
                 raise ValueError(
                     f"label_smoothing belongs to loss='mle', loss={loss.name!r} does not take it"
                 )
-            return Objective(loss, self.beta, self.max_weight, 0.0, options.z_loss)
+            return Objective(loss, beta, max_weight, 0.0, options.z_loss)
         # The reference cancels, and beta with it (6).
-        return Objective(loss, 1.0, self.max_weight, options.label_smoothing, options.z_loss)
+        return Objective(loss, 1.0, max_weight, options.label_smoothing, options.z_loss)
 
 
 def run_family(

@@ -1,40 +1,22 @@
-"""Losses and statistics from hidden states and the head's weight: no logits are ever stored."""
+"""Losses from hidden states and the head's weight: no logits are ever stored."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Unpack
+from typing import Unpack
 
-import torch
 from torch import Tensor
 
-from fused_losses.engine.units import UnitChunk
 from fused_losses.functional.family import Family, run_family
-from fused_losses.functional.linear_source import LinearSource
+from fused_losses.functional.linear_source import open_source
 from fused_losses.functional.options import (
     Level,
     LinearOptions,
-    Options,
     SharedLinearOptions,
     check_token_loss,
-    parse_options,
-    refuse_loss_options,
-    split_linear,
 )
 from fused_losses.functional.pairs import SFTTerm, run_dpo
-from fused_losses.functional.token_level import run_statistics
-from fused_losses.functional.units import sum_over_units
 from fused_losses.preference import LossType, parse_pair_options
-from fused_losses.stats import TokenStats
 from fused_losses.token_losses import TokenLoss
-
-
-def _open(
-    function: str, input: Any, linear_weight: Any, given: Any, *, precise: bool
-) -> tuple[LinearSource, Options]:
-    common, linear = split_linear(given)
-    options = parse_options(function, common)
-    return LinearSource.of(input, linear_weight, options, linear, precise=precise), options
 
 
 def linear_mle_loss(
@@ -66,7 +48,7 @@ def linear_mle_loss(
         IndexError: A label outside [0, V); on a GPU only with ``validate=True``, else the loss is
             NaN.
     """
-    source, options = _open("linear_mle_loss", input, linear_weight, common, precise=False)
+    source, options = open_source(linear_mle_loss, input, linear_weight, common, precise=False)
     return run_family(source, options, target, None, Family())
 
 
@@ -109,7 +91,7 @@ def linear_pearson_loss(
     References:
         Implicit Reward as the Bridge, arXiv 2507.00018.
     """
-    source, options = _open("linear_pearson_loss", input, linear_weight, common, precise=True)
+    source, options = open_source(linear_pearson_loss, input, linear_weight, common, precise=True)
     family = Family("pearson", beta, value, level, segment_ids=segment_ids)
     return run_family(source, options, target, ref_logps, family)
 
@@ -152,7 +134,7 @@ def linear_hellinger_loss(
     References:
         Implicit Reward as the Bridge, arXiv 2507.00018.
     """
-    source, options = _open("linear_hellinger_loss", input, linear_weight, common, precise=True)
+    source, options = open_source(linear_hellinger_loss, input, linear_weight, common, precise=True)
     family = Family("hellinger", beta, value, level, max_weight, segment_ids)
     return run_family(source, options, target, ref_logps, family)
 
@@ -198,7 +180,7 @@ def linear_token_loss(
         Implicit Reward as the Bridge, arXiv 2507.00018.
     """
     precise = check_token_loss(loss).uses_reference
-    source, options = _open("linear_token_loss", input, linear_weight, common, precise=precise)
+    source, options = open_source(linear_token_loss, input, linear_weight, common, precise=precise)
     family = Family(loss, beta, value, level, max_weight, segment_ids)
     return run_family(source, options, target, ref_logps, family)
 
@@ -246,105 +228,6 @@ def linear_dpo_loss(
         ValueError: As :func:`dpo_loss` and :func:`linear_mle_loss`.
         IndexError: As :func:`linear_mle_loss`.
     """
-    source, options = _open("linear_dpo_loss", input, linear_weight, common, precise=True)
+    source, options = open_source(linear_dpo_loss, input, linear_weight, common, precise=True)
     pair = parse_pair_options(loss_type, beta, label_smoothing, simpo_gamma, discopop_tau)
     return run_dpo(source, target, ref_logps, pair, SFTTerm(sft_weight, sft_num_items), options)
-
-
-def linear_token_stats(
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Tensor,
-    *,
-    entropy: bool = False,
-    **common: Unpack[SharedLinearOptions],
-) -> TokenStats:
-    """:func:`token_stats` from hidden states: the building block of any loss of log-probs.
-
-    Without gradients 2 N D V FLOPs: the way to compute reference log-probs. With them autograd may
-    use the results as it likes: 8 N D V in all, the chunks being made again in backward; 4 with a
-    frozen weight and bias (6 if ``entropy``). If the loss is a function of whole sequences or
-    pairs, :func:`linear_loss` does it for 6. Logits of 16-bit operands are fp32 by default.
-
-    Args:
-        input: (..., D) hidden states, floating point.
-        linear_weight: (V, D).
-        target: (...), int64 or int32, in [0, V) or ``ignore_index``.
-        entropy: Also compute the entropy (14).
-        **common: What :func:`token_stats` takes, and what :class:`fused_losses.SharedLinearOptions`
-        adds.
-
-    Returns:
-        As :func:`token_stats`.
-
-    Raises:
-        TypeError: As :func:`linear_mle_loss`.
-        ValueError: As :func:`linear_mle_loss`; options of a reduction.
-        IndexError: As :func:`linear_mle_loss`.
-    """
-    source, options = _open("linear_token_stats", input, linear_weight, common, precise=True)
-    refuse_loss_options(options, "by token statistics")
-    return run_statistics(source, target, entropy=entropy)
-
-
-def linear_loss(
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Tensor,
-    loss_fn: Callable[[TokenStats, Tensor], Tensor],
-    *,
-    units: Tensor | None = None,
-    entropy: bool = False,
-    **common: Unpack[SharedLinearOptions],
-) -> Tensor:
-    """Your own loss of log-probs, in plain torch, without logits and without recomputation.
-
-    ``loss_fn`` is called on the log-probs of whole units while their chunk's logits exist; torch
-    differentiates it, and the gradient products follow: 6 N D V FLOPs (4 with a frozen weight). If
-    a unit does not fit ``workspace_bytes`` the call runs by recomputation (8). Eager only.
-
-    Args:
-        input: (..., D) hidden states, floating point.
-        linear_weight: (V, D).
-        target: (...), int64 or int32, in [0, V) or ``ignore_index``.
-        loss_fn: ``(stats, rows) -> 0-d tensor``. ``stats`` is a 1-D :class:`TokenStats` of the
-            counted tokens of some whole units, unit after unit; ``rows`` (int64) are their flat
-            positions in target. Its results are summed, so it must be additive over units; units
-            without counted tokens never appear. Only ``stats`` is differentiated: what the function
-            captures is constant.
-        units: Integer tensor of target's shape, ids >= 0: the unit (sequence, pair, group) of each
-            token. None: every token is its own unit.
-        entropy: Also give ``loss_fn`` the entropy, differentiable.
-        **common: As :func:`linear_token_stats`.
-
-    Returns:
-        0-d sum of what ``loss_fn`` returned, fp32 or fp64, attached to the graph.
-
-    Raises:
-        TypeError: As :func:`linear_mle_loss`; units that are not integers.
-        ValueError: As :func:`linear_mle_loss`; a negative unit; a result that is not 0-d.
-        RuntimeError: Under ``torch.compile``: autograd cannot run inside an operator.
-        IndexError: As :func:`linear_mle_loss`.
-    """
-    if torch.compiler.is_compiling():
-        raise RuntimeError(
-            "linear_loss runs loss_fn under autograd and is eager only; call it outside "
-            "torch.compile (torch.compiler.disable), or compose linear_token_stats with your loss"
-        )
-    if not callable(loss_fn):
-        raise TypeError(f"loss_fn must be a function, got {type(loss_fn).__name__}")
-    source, options = _open("linear_loss", input, linear_weight, common, precise=True)
-    refuse_loss_options(options, "by linear_loss, whose loss_fn does the reduction")
-    tokens = source.tokens(target)
-    unit_of = None
-    if units is not None:
-        if not isinstance(units, Tensor) or units.is_floating_point() or units.dtype == torch.bool:
-            raise TypeError("units must be an integer tensor of target's shape")
-        unit_of = tokens.flat("units", units)
-
-    def call(stats: TokenStats, chunk: UnitChunk) -> Tensor:
-        # With shift, the row at t scores the label at t + 1 of the same sequence.
-        return loss_fn(stats, chunk.positions + options.shift)
-
-    loss, _ = sum_over_units(source, tokens, unit_of, call, entropy=entropy)
-    return loss

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fused_losses.arguments import refuse_unserved
 from fused_losses.backends import Objective, resolve_backend
 from fused_losses.engine.linear_call import linear_shape
 from fused_losses.engine.linear_rows import linear_rows
@@ -16,8 +17,8 @@ from fused_losses.engine.linear_sum import linear_loss_sum
 from fused_losses.engine.main_grad import through_main_grad
 from fused_losses.engine.registry import pack
 from fused_losses.functional.observe import report_plan
-from fused_losses.functional.options import Options
-from fused_losses.functional.sources import refuse_unserved, wants_gradient
+from fused_losses.functional.options import Options, parse_options, split_linear
+from fused_losses.functional.sources import wants_gradient
 from fused_losses.functional.tokens import Tokens, check_device, check_float
 from fused_losses.plan import (
     LinearShape,
@@ -78,7 +79,7 @@ class LinearSource:
         return LinearSource(
             input,
             through_main_grad(linear_weight),
-            bias,
+            None if bias is None else bias.contiguous(),
             options,
             resolve_backend(options.backend, device),
             compute,
@@ -116,7 +117,7 @@ class LinearSource:
 
     def _explain(self, tokens: Tokens, shape: LinearShape, *, known: bool) -> None:
         routes = routes_for(shape, known=known)
-        report_plan(lambda: plan_linear(routes, int(tokens.counted.sum()), shape, self.budget))
+        report_plan(lambda: plan_linear(routes, tokens.count(), shape, self.budget))
 
     def token_loss(
         self, tokens: Tokens, o: Objective, ref: Tensor | None, value: Tensor | None, entropy: bool
@@ -204,9 +205,24 @@ class LinearSource:
         return loss, rows
 
 
+def open_source(
+    function: Callable[..., Any],
+    input: Any,
+    linear_weight: Any,
+    given: Mapping[str, Any],
+    *,
+    precise: bool,
+) -> tuple[LinearSource, Options]:
+    """Check the head and the shared options of a public function."""
+    common, linear = split_linear(given)
+    options = parse_options(function, common)
+    return LinearSource.of(input, linear_weight, options, linear, precise=precise), options
+
+
 def _compute_dtype(input: Tensor, weight: Tensor) -> torch.dtype:
     device = input.device.type
-    if torch.is_autocast_enabled(device):
+    # The meta device has no autocast to ask for.
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         # Autocast never lowers fp64.
         if torch.float64 not in (input.dtype, weight.dtype):

@@ -6,6 +6,7 @@ from typing import Unpack
 
 from torch import Tensor
 
+from fused_losses.arguments import check_flag
 from fused_losses.functional.family import Family, run_family
 from fused_losses.functional.logits_source import LogitsSource
 from fused_losses.functional.options import (
@@ -48,7 +49,7 @@ def mle_loss(
         IndexError: A label outside [0, V); on a GPU only with ``validate=True``, else the row's
             loss is NaN.
     """
-    options = parse_options("mle_loss", common)
+    options = parse_options(mle_loss, common)
     return run_family(LogitsSource.of(logits, options, inplace), options, target, None, Family())
 
 
@@ -98,7 +99,7 @@ def pearson_loss(
     References:
         Implicit Reward as the Bridge, arXiv 2507.00018.
     """
-    options = parse_options("pearson_loss", common)
+    options = parse_options(pearson_loss, common)
     family = Family("pearson", beta, value, level, segment_ids=segment_ids)
     source = LogitsSource.of(logits, options, inplace)
     return run_family(source, options, target, ref_logps, family)
@@ -147,7 +148,7 @@ def hellinger_loss(
     References:
         Implicit Reward as the Bridge, arXiv 2507.00018.
     """
-    options = parse_options("hellinger_loss", common)
+    options = parse_options(hellinger_loss, common)
     family = Family("hellinger", beta, value, level, max_weight, segment_ids)
     source = LogitsSource.of(logits, options, inplace)
     return run_family(source, options, target, ref_logps, family)
@@ -198,7 +199,7 @@ def token_loss(
     References:
         Implicit Reward as the Bridge, arXiv 2507.00018.
     """
-    options = parse_options("token_loss", common)
+    options = parse_options(token_loss, common)
     family = Family(loss, beta, value, level, max_weight, segment_ids)
     source = LogitsSource.of(logits, options, inplace)
     return run_family(source, options, target, ref_logps, family)
@@ -266,7 +267,7 @@ def dpo_loss(
     References:
         Rafailov et al., arXiv 2305.18290, eq. 7.
     """
-    options = parse_options("dpo_loss", common)
+    options = parse_options(dpo_loss, common)
     pair = parse_pair_options(loss_type, beta, label_smoothing, simpo_gamma, discopop_tau)
     sft = SFTTerm(sft_weight, sft_num_items)
     source = LogitsSource.of(logits, options, inplace)
@@ -296,6 +297,7 @@ def token_stats(
         ValueError: Shapes, devices or options that do not fit; options of a reduction.
         IndexError: A label outside [0, V), as in :func:`mle_loss`.
     """
-    options = parse_options("token_stats", common)
+    options = parse_options(token_stats, common)
     refuse_loss_options(options, "by token statistics")
+    check_flag("entropy", entropy)
     return run_statistics(LogitsSource.of(logits, options), target, entropy=entropy)

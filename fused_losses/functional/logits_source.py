@@ -7,12 +7,13 @@ from typing import Any
 
 from torch import Tensor
 
+from fused_losses.arguments import check_flag, refuse_unserved
 from fused_losses.backends import Objective, resolve_backend
 from fused_losses.engine.logits import logits_rows
 from fused_losses.engine.registry import pack
 from fused_losses.functional.observe import report_plan
 from fused_losses.functional.options import Options
-from fused_losses.functional.sources import refuse_unserved, wants_gradient
+from fused_losses.functional.sources import wants_gradient
 from fused_losses.functional.tokens import Tokens, check_float
 from fused_losses.plan import plan_logits
 
@@ -35,11 +36,10 @@ class LogitsSource:
             ValueError: No vocabulary; ``inplace`` on logits whose elements share memory.
         """
         check_float("logits", logits)
-        refuse_unserved("logits", logits)
+        refuse_unserved("logits", logits, batched=True)
         if logits.dim() < 1 or logits.shape[-1] == 0:
             raise ValueError(f"logits must be (..., V) with V > 0, got {tuple(logits.shape)}")
-        if not isinstance(inplace, bool):
-            raise TypeError(f"inplace must be a bool, got {type(inplace).__name__}")
+        check_flag("inplace", inplace)
         if inplace:
             if logits.stride(-1) != 1 and logits.shape[-1] > 1:
                 raise ValueError("inplace needs logits with contiguous rows; pass inplace=False")
@@ -66,7 +66,7 @@ class LogitsSource:
     ) -> tuple[Tensor, Tensor]:
         report_plan(
             lambda: plan_logits(
-                int(tokens.counted.sum()),
+                tokens.count(),
                 self.logits.shape[-1],
                 self.backend,
                 need_gradient=wants_gradient(self.logits) or wants_gradient(value),

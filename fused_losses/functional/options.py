@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-import math
-import sys
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypedDict, get_args
 
 import torch
 from torch import Tensor
 
+from fused_losses.arguments import (
+    COUNT_CURE,
+    WEIGHT_CURE,
+    check_choice,
+    check_flag,
+    check_number,
+    has_data,
+    plain,
+    refuse_gradient,
+)
 from fused_losses.backends import RowMaths
 from fused_losses.backends.select import BackendName
 from fused_losses.token_losses import TOKEN_LOSSES, TokenLoss
@@ -25,12 +34,13 @@ class SharedOptions(TypedDict, total=False):
     ignore_index: Label of positions that do not count (default -100).
     reduction: "mean" over counted labels (default), "sum", or "none".
     num_items: Replaces the divisor of the mean (number or 0-d tensor); 0 gives loss 0.
-    token_weight: Weight of each token's loss, target's shape; any sign.
+    token_weight: Weight of each token's loss, target's shape; any sign. Differentiable with
+        ``reduction="none"``; elsewhere one that requires a gradient is refused.
     z_loss: lambda of the extra term ``lambda * lse**2``.
     softcap: c of ``c * tanh(z / c)``, after ``logit_scale``.
     logit_scale: Factor on the logits.
     temperature: Divisor of the logits, after the softcap.
-    shift: Score ``target[..., 1:]`` by positions ``[..., :-1]``.
+    shift: Score ``target[..., 1:]`` by positions ``[..., :-1]``; True or False.
     backend: "auto", "triton" or "torch"; an explicit choice is obeyed or refused.
     validate: Check labels on a GPU too, at the price of a host synchronisation.
     """
@@ -117,30 +127,44 @@ COMMON = frozenset(CommonOptions.__annotations__)
 LINEAR = frozenset(LinearOptions.__annotations__) - COMMON
 
 
-def parse_options(function: str, given: Mapping[str, Any]) -> Options:
-    """Check the options of a function of logits.
+def keywords_of(function: Callable[..., Any]) -> set[str]:
+    """Return the keyword options of a public function, the shared ones among them."""
+    parameters = inspect.signature(function).parameters.values()
+    names = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        names |= COMMON | (LINEAR if any(p.name == "linear_weight" for p in parameters) else set())
+    return names
+
+
+def parse_options(function: Callable[..., Any], given: Mapping[str, Any]) -> Options:
+    """Check the shared options of a public function.
 
     Raises:
-        TypeError: An option that does not exist, named with those that do.
+        TypeError: An option that does not exist, named with those that do; a wrong type.
         ValueError: A value out of range.
     """
     for name in given:
         if name not in COMMON:
             raise TypeError(
-                f"{function}() got an unexpected keyword argument {name!r}; "
-                f"the shared options are {', '.join(sorted(COMMON))}"
+                f"{function.__name__}() got an unexpected keyword argument {name!r}; "
+                f"it takes {', '.join(sorted(keywords_of(function)))}"
             )
-    options = Options(**given)
+    options = Options(**{name: plain(value) for name, value in given.items()})
     check_choice("reduction", options.reduction, get_args(Reduction))
+    check_choice("backend", options.backend, get_args(BackendName))
+    check_flag("shift", options.shift)
+    check_flag("validate", options.validate)
     if isinstance(options.ignore_index, bool) or not isinstance(options.ignore_index, int):
         raise TypeError(f"ignore_index must be an int, got {options.ignore_index!r}")
     check_number("label_smoothing", options.label_smoothing, low=0.0, high=1.0, closed=True)
     check_number("z_loss", options.z_loss, low=0.0, closed=True)
     if options.softcap is not None:
-        check_number("softcap", options.softcap)
-    check_number("logit_scale", options.logit_scale)
-    check_number("temperature", options.temperature)
+        check_number("softcap", options.softcap, low=0.0)
+    check_number("logit_scale", options.logit_scale, low=0.0)
+    check_number("temperature", options.temperature, low=0.0)
     check_num_items("num_items", options.num_items, options.reduction)
+    if options.reduction != "none":
+        refuse_gradient("token_weight", options.token_weight, WEIGHT_CURE)
     return options
 
 
@@ -162,21 +186,6 @@ def split_linear(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, An
     return {name: value for name, value in given.items() if name not in LINEAR}, linear
 
 
-def check_number(
-    name: str, value: Any, *, low: float = 0.0, high: float = math.inf, closed: bool = False
-) -> None:
-    """Raise unless low < value < high, or low <= value <= high if ``closed``; always finite."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    inside = low <= value <= high if closed else low < value < high
-    # Neither isfinite nor inf tells anything of a number that changes under torch.compile; NaN is
-    # nowhere inside.
-    if not (inside and value <= sys.float_info.max):
-        lower = f"{'>=' if closed else '>'} {low:g}"
-        upper = "" if high == math.inf else f" and {'<=' if closed else '<'} {high:g}"
-        raise ValueError(f"{name} must be a finite number {lower}{upper}, got {value}")
-
-
 def as_tensor(value: float, device: torch.device) -> Tensor:
     """Make a number a 0-d fp64 tensor.
 
@@ -184,12 +193,6 @@ def as_tensor(value: float, device: torch.device) -> Tensor:
     from call to call of a compiled function.
     """
     return torch.ones((), dtype=torch.float64, device=device) * value
-
-
-def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    """Raise, naming the choices, unless the value is one of them."""
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
 def check_token_loss(loss: str | TokenLoss) -> TokenLoss:
@@ -204,12 +207,6 @@ def check_token_loss(loss: str | TokenLoss) -> TokenLoss:
     return TOKEN_LOSSES[loss]
 
 
-def check_max_weight(max_weight: float) -> None:
-    """Raise unless max_weight > 1; inf is phi without a continuation."""
-    if max_weight != math.inf:
-        check_number("max_weight", max_weight, low=1.0)
-
-
 def check_num_items(name: str, num_items: Any, reduction: str) -> None:
     """Raise unless it is None, or a divisor for ``reduction="mean"``."""
     if num_items is None:
@@ -221,7 +218,10 @@ def check_num_items(name: str, num_items: Any, reduction: str) -> None:
             raise ValueError(
                 f"{name} must be a number or a 0-d tensor, got shape {tuple(num_items.shape)}"
             )
+        refuse_gradient(name, num_items, COUNT_CURE)
         if torch.compiler.is_compiling() or num_items.device.type != "cpu":
             return  # looking at it would synchronise
+        if not has_data(num_items):
+            return
         num_items = num_items.item()
     check_number(name, num_items, low=0.0, closed=True)

@@ -10,18 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fused_losses.arguments import check_number, has_data, plain
 from fused_losses.backends import lines
 from fused_losses.engine.segments import segment_sum
 from fused_losses.engine.units import UnitChunk
 from fused_losses.functional.linear_source import LinearSource
 from fused_losses.functional.observe import PairStats, report_stats, statistics_wanted
-from fused_losses.functional.options import Options, check_num_items, check_number
+from fused_losses.functional.options import Options, check_num_items
 from fused_losses.functional.reduction import mean_factor
 from fused_losses.functional.sequence_level import log_ratios, offsets_of
 from fused_losses.functional.sources import Source
 from fused_losses.functional.token_level import stats_of
 from fused_losses.functional.tokens import Tokens, check_device, check_reference
-from fused_losses.functional.units import sum_over_units
+from fused_losses.functional.units import runs_whole_units, sum_over_units
 from fused_losses.preference import (
     PAIR_LOSSES,
     PairOptions,
@@ -115,7 +116,7 @@ def run_dpo(
 ) -> Tensor:
     """Pair loss of rows [chosen; rejected], reduced over pairs, and the likelihood term."""
     options.refuse("by pair losses", token_weight=None, z_loss=0.0)
-    _check_sft(sft, options)
+    sft = _checked(sft, options)
     refuse_reference(o.loss_type, "ref_logps", ref_logps)
     tokens = source.tokens(target)
     if len(tokens.shape) < 2:
@@ -137,7 +138,7 @@ def run_dpo(
     factor = mean_factor(batch.present.sum(), options)
     sft_factor = _sft_factor(sft, batch, factor, options)
     entropy = statistics_wanted()
-    fused = options.reduction != "none" and not torch.compiler.is_compiling()
+    fused = options.reduction != "none" and runs_whole_units(tokens)
     if fused and isinstance(source, LinearSource):
         loss, rows = _sum_over_pairs(source, batch, factor, sft_factor, entropy)
     else:
@@ -153,14 +154,15 @@ def run_dpo(
     return loss
 
 
-def _check_sft(sft: SFTTerm, options: Options) -> None:
-    check_number("sft_weight", sft.weight, low=0.0, closed=True)
+def _checked(sft: SFTTerm, options: Options) -> SFTTerm:
+    weight = check_number("sft_weight", sft.weight, low=0.0, closed=True)
     check_num_items("sft_num_items", sft.num_items, options.reduction)
-    if sft.weight and options.reduction == "none":
+    if weight and options.reduction == "none":
         raise ValueError(
             "sft_weight belongs to the batch's tokens, not to a pair: it is not taken with "
             "reduction='none'; use 'mean' or 'sum', or leave it at 0.0"
         )
+    return SFTTerm(weight, plain(sft.num_items))
 
 
 def _sft_factor(sft: SFTTerm, batch: _Batch, factor: Tensor, options: Options) -> Tensor | None:
@@ -237,7 +239,7 @@ def _reference(ref_logps: Any, tokens: Tokens) -> _Reference:
     check_reference(ref_logps)
     if ref_logps.shape == tokens.shape[:1]:
         check_device("ref_logps", ref_logps, "target", tokens.y)
-        return _Reference(sequence=ref_logps.detach())
+        return _Reference(sequence=ref_logps.detach().contiguous())
     if ref_logps.shape != tokens.shape:
         raise ValueError(
             f"ref_logps must be per token, {tuple(tokens.shape)}, or per sequence, "
@@ -248,7 +250,9 @@ def _reference(ref_logps: Any, tokens: Tokens) -> _Reference:
 
 def _warn_of_empty(lengths: Tensor) -> None:
     """Warn of responses without a counted token, where looking costs no synchronisation."""
-    if lengths.device.type != "cpu" or torch.compiler.is_compiling() or bool((lengths > 0).all()):
+    if lengths.device.type != "cpu" or torch.compiler.is_compiling() or not has_data(lengths):
+        return
+    if bool((lengths > 0).all()):
         return
     rows = (lengths == 0).nonzero()[:, 0].tolist()
     warnings.warn(

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fused_losses.arguments import check_ids, refuse_unserved
 from fused_losses.backends import Objective, lines
 from fused_losses.engine.segments import segment_sum
 from fused_losses.engine.units import UnitChunk
@@ -25,7 +26,7 @@ from fused_losses.functional.tokens import (
     check_offset,
     expand,
 )
-from fused_losses.functional.units import sum_over_units
+from fused_losses.functional.units import runs_whole_units, sum_over_units
 from fused_losses.stats import TokenStats
 
 
@@ -63,8 +64,7 @@ class Sequences:
                 )
             shape = tokens.shape[:-1]
             return Sequences(shape, row, shape.numel(), None)
-        if not isinstance(segment_ids, Tensor) or segment_ids.is_floating_point():
-            raise TypeError("segment_ids must be an integer tensor of target's shape")
+        check_ids("segment_ids", segment_ids)
         ids = tokens.flat("segment_ids", segment_ids).to(torch.int64)
         # Ids are local to a row. Sorted by row and id, a sequence is a run: no count is needed.
         by_id = torch.argsort(ids, stable=True)
@@ -119,7 +119,7 @@ def run_sequence_level(
     counts = sequences.sum(tokens.counted.double(), source.backend)
     entropy = statistics_wanted()
     # What runs whole units eagerly; the offset's gradient and per-sequence results need autograd.
-    fused = options.reduction != "none" and not torch.compiler.is_compiling()
+    fused = options.reduction != "none" and runs_whole_units(tokens)
     fused &= offset is None or not offset.requires_grad
     if fused and isinstance(source, LinearSource):
         factor = mean_factor((counts > 0).sum(), options)
@@ -174,6 +174,7 @@ def _sequence_value(value: Any, sequences: Sequences, device: torch.device) -> T
         if value is None:
             return None
     check_float("value", value)
+    refuse_unserved("value", value)
     check_device("value", value, "target", sequences.of_row)
     if sequences.shape is None:
         # Their number is data: one value for all, or one each, in the order of row and id.

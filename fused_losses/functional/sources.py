@@ -6,7 +6,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from fused_losses.backends import Objective
 from fused_losses.functional.tokens import Tokens
@@ -49,20 +48,3 @@ class Source(Protocol):
 def wants_gradient(t: Tensor | None) -> bool:
     """Whether autograd would follow this tensor now."""
     return t is not None and t.requires_grad and torch.is_grad_enabled()
-
-
-def refuse_unserved(name: str, t: Tensor) -> None:
-    """Raise for tensors that would give wrong numbers: shards, and forward-mode derivatives."""
-    if torch.compiler.is_compiling():
-        return
-    if forward_ad.unpack_dual(t).tangent is not None:
-        raise RuntimeError(
-            f"{name} carries a forward-mode tangent, which the fused kernels do not propagate; "
-            "use reverse mode, or fused_losses.reference"
-        )
-    if hasattr(t, "device_mesh"):
-        raise ValueError(
-            f"{name} is a DTensor, of which this process holds a shard; call the loss inside the "
-            "forward of the module that FSDP has wrapped, where the weight is whole "
-            "(full_tensor() outside it gives the right loss and wrong gradients)"
-        )

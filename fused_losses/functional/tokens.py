@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fused_losses.arguments import check_number, has_data, refuse_unserved
 from fused_losses.functional.options import Options, as_tensor
 
 _INT = (torch.int64, torch.int32)
@@ -29,7 +30,8 @@ class Tokens:
 
     Attributes:
         shape: Target's shape.
-        y: (N,) labels by logits row: with ``shift``, position t holds the label of t + 1.
+        y: (N,) labels by logits row, contiguous: with ``shift``, position t holds the label of
+            t + 1.
         ignore_index: Label of rows that do not count.
         shift: Whether rows and labels are one position apart.
     """
@@ -56,6 +58,7 @@ class Tokens:
                 f"target must have {name}'s leading shape {tuple(scores.shape[:-1])}, "
                 f"got {tuple(target.shape)}"
             )
+        refuse_unserved("target", target)
         check_device("target", target, name, scores)
         if options.shift and target.dim() == 0:
             raise ValueError("shift needs a target with a sequence dimension, got a 0-d target")
@@ -67,15 +70,19 @@ class Tokens:
         if options.shift:
             y = F.pad(target[..., 1:], (0, 1), value=ignore_index)
             y = y if target.shape[-1] else target
-        return Tokens(target.shape, y.reshape(-1), ignore_index, options.shift)
+        return Tokens(target.shape, _flat(y), ignore_index, options.shift)
 
     @property
     def counted(self) -> Tensor:
         """(N,) bool: rows whose label counts."""
         return self.y != self.ignore_index
 
+    def count(self) -> int:
+        """Number of rows whose label counts, on the host; without data: of all rows."""
+        return int(self.counted.sum()) if has_data(self.y) else self.y.numel()
+
     def flat(self, name: str, t: Tensor) -> Tensor:
-        """Flatten a per-token argument of target's shape into the order of the rows."""
+        """Flatten a per-token argument of target's shape into the order of the rows: (N,)."""
         if t.shape != self.shape:
             raise ValueError(
                 f"{name} must have target's shape {tuple(self.shape)}, got {tuple(t.shape)}"
@@ -84,7 +91,7 @@ class Tokens:
         if self.shift and self.shape[-1]:
             # The last row scores nothing; it takes what position 0 held, which nothing reads.
             t = t.roll(-1, -1)
-        return t.reshape(-1)
+        return _flat(t)
 
     def restore(self, rows: Tensor) -> Tensor:
         """Put per-row results back in target's shape, 0 at position 0 of shifted sequences."""
@@ -105,6 +112,7 @@ class Tokens:
             if value is None:
                 return None
         check_float("value", value)
+        refuse_unserved("value", value)
         check_device("value", value, "target", self.y)
         return self.flat("value", expand("value", value, self.shape, "target"))
 
@@ -113,8 +121,13 @@ class Tokens:
         if token_weight is None:
             return None
         check_float("token_weight", token_weight)
-        flat = self.flat("token_weight", token_weight.detach())
-        return torch.where(self.counted, flat, 0.0)
+        refuse_unserved("token_weight", token_weight)
+        return torch.where(self.counted, self.flat("token_weight", token_weight), 0.0)
+
+
+def _flat(t: Tensor) -> Tensor:
+    """(N,), contiguous: kernels read element n at n. A 1-D view would keep its stride."""
+    return t.reshape(-1).contiguous()
 
 
 def check_device(name: str, t: Tensor, other_name: str, other: Tensor) -> None:
@@ -139,8 +152,7 @@ def check_reference(ref_logps: Any) -> None:
 
 def check_offset(value: Any, device: torch.device) -> Tensor | None:
     """Turn a number into a 0-d tensor, 0 into None."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"value must be a number or a tensor, got {type(value).__name__}")
+    value = check_number("value", value)
     return None if value == 0.0 else as_tensor(value, device)
 
 
@@ -156,7 +168,7 @@ def expand(name: str, t: Tensor, shape: torch.Size, shape_name: str) -> Tensor:
 
 def _check_labels(target: Tensor, vocabulary: int, options: Options) -> None:
     bad = ((target < 0) | (target >= vocabulary)) & (target != options.ignore_index)
-    if bad.any():
+    if has_data(bad) and bad.any():
         position = bad.nonzero()[0].tolist()
         label = int(target[tuple(position)])
         if options.shift:

@@ -2,13 +2,36 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from fused_losses.arguments import has_data
 from fused_losses.engine.units import UnitCall, UnitLayout, UnitLoss, loss_of_rows, run_units
 from fused_losses.functional.linear_source import LinearSource
 from fused_losses.functional.observe import report_plan
 from fused_losses.functional.tokens import Tokens
-from fused_losses.plan import plan_units
+from fused_losses.plan import Plan, plan_units
+
+
+def runs_whole_units(tokens: Tokens) -> bool:
+    """Whether units can be laid out now: their sizes are data, which tracing does not have.
+
+    Raises:
+        ValueError: The call is only being explained: without data its plan would be another one.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    if not has_data(tokens.y):
+        report_plan(_refuse_plan)
+        return False
+    return True
+
+
+def _refuse_plan() -> Plan:
+    raise ValueError(
+        "explain needs a target with data for a loss of whole units: it plans by their sizes, "
+        "which a meta or fake tensor does not tell"
+    )
 
 
 def sum_over_units(

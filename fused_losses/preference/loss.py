@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fused_losses.arguments import COUNT_CURE, refuse_gradient
 from fused_losses.preference.losses import PAIR_LOSSES, LossType
 from fused_losses.preference.options import parse_pair_options, refuse_reference
 from fused_losses.preference.pairs import Pairs
@@ -141,10 +142,11 @@ def preference_loss(
 def _check_shapes(**named: Tensor | None) -> None:
     shape: torch.Size | None = None
     for name, logps in named.items():
-        if logps is None:
+        if logps is None and not name.startswith("policy"):
             continue
-        if not logps.is_floating_point():
-            raise TypeError(f"{name} must be float32 or float64, got {logps.dtype}")
+        if not isinstance(logps, Tensor) or not logps.is_floating_point():
+            got = logps.dtype if isinstance(logps, Tensor) else type(logps).__name__
+            raise TypeError(f"{name} must be a float32 or float64 tensor, got {got}")
         if logps.dtype not in (torch.float32, torch.float64):
             raise ValueError(
                 f"{name} must be float32 or float64, got {logps.dtype}: the difference of two "
@@ -176,7 +178,12 @@ def _check_lengths(loss_type: str, shape: torch.Size, lengths: dict[str, Tensor 
                 f"loss_type={loss_type!r} divides by the response lengths: "
                 f"{name} must be a (B,) tensor of counted tokens, got None"
             )
-        if n is not None and n.shape != shape:
+        if n is None:
+            continue
+        if not isinstance(n, Tensor):
+            raise TypeError(f"{name} must be a (B,) tensor, got {type(n).__name__}")
+        refuse_gradient(name, n, COUNT_CURE)
+        if n.shape != shape:
             raise ValueError(
                 f"{name} must have the log-probs' shape {tuple(shape)}, got {tuple(n.shape)}"
             )

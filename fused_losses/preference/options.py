@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from typing import Any, get_args
 
+from fused_losses.arguments import check_choice, check_number
 from fused_losses.preference.losses import PAIR_LOSSES, LossType
 from fused_losses.preference.pairs import PairLoss, PairOptions
 
@@ -30,14 +30,10 @@ def parse_pair_options(
         TypeError: An option that must be a number is none.
         ValueError: An unknown loss, an option out of range or of another loss.
     """
-    if not isinstance(loss_type, str) or loss_type not in PAIR_LOSSES:
-        choices = ", ".join(repr(name) for name in get_args(LossType))
-        raise ValueError(f"loss_type must be one of {choices}, got {loss_type!r}")
+    check_choice("loss_type", loss_type, get_args(LossType))
     loss = PAIR_LOSSES[loss_type]
-    _check_number("beta", beta)
-    if not 0.0 < beta <= sys.float_info.max:  # as it stands, torch.compile can follow it
-        raise ValueError(f"beta must be a finite number > 0, got {beta}")
-    _check_smoothing(loss_type, label_smoothing, loss)
+    beta = check_number("beta", beta, low=0.0)
+    label_smoothing = _smoothing(loss_type, label_smoothing, loss)
     further = {"simpo_gamma": simpo_gamma, "discopop_tau": discopop_tau}
     filled = {name: _further(name, given, loss_type, loss) for name, given in further.items()}
     return PairOptions(loss_type, beta, label_smoothing, **filled)
@@ -56,8 +52,8 @@ def refuse_reference(loss_type: str, name: str, reference: object) -> None:
         )
 
 
-def _check_smoothing(loss_type: str, label_smoothing: Any, loss: PairLoss) -> None:
-    _check_number("label_smoothing", label_smoothing)
+def _smoothing(loss_type: str, given: Any, loss: PairLoss) -> float:
+    label_smoothing = check_number("label_smoothing", given)
     below = loss.smoothing_below
     if below == 0.0:
         allowed = label_smoothing == 0.0
@@ -70,13 +66,13 @@ def _check_smoothing(loss_type: str, label_smoothing: Any, loss: PairLoss) -> No
         expected = f"in {bracket}0, {below:g}) for loss_type={loss_type!r}"
     if not allowed:
         raise ValueError(f"label_smoothing must be {expected}, got {label_smoothing}")
+    return label_smoothing
 
 
 def _further(name: str, given: Any, loss_type: str, loss: PairLoss) -> float:
     option = _FURTHER[name]
     if given is None:
         return option.default
-    _check_number(name, given)
     if name not in loss.takes:
         owners = " and ".join(
             repr(key) for key, other in PAIR_LOSSES.items() if name in other.takes
@@ -84,12 +80,4 @@ def _further(name: str, given: Any, loss_type: str, loss: PairLoss) -> float:
         raise ValueError(
             f"{name} belongs to loss_type={owners}; leave it None for {loss_type!r}, got {given}"
         )
-    if not (0.0 < given <= sys.float_info.max or (given == 0.0 and option.zero_allowed)):
-        bound = ">= 0" if option.zero_allowed else "> 0"
-        raise ValueError(f"{name} must be a finite number {bound}, got {given}")
-    return float(given)
-
-
-def _check_number(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    return float(check_number(name, given, low=0.0, closed=option.zero_allowed))

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fused_losses.arguments import check_flag, expand_units
 from fused_losses.reference import losses, pairs
 from fused_losses.reference import stats as statistics
 from fused_losses.reference.rows import linear_logits
-from fused_losses.stats import TokenStats
+from fused_losses.stats import TokenStats, call_on_stats
 
 
 def linear_mle_loss(input: Tensor, linear_weight: Tensor, target: Tensor, **options: Any) -> Tensor:
@@ -96,7 +97,8 @@ def linear_loss(
         target: (...), int64 or int32.
         loss_fn: ``(stats, rows) -> 0-d tensor``: 1-D ``TokenStats`` over the counted tokens,
             ordered by unit and then by position, and their flat int64 positions in target.
-        units: Integer tensor of target's shape, each token's unit. None: every token its own.
+        units: Integer tensor of target's shape, each token's unit, or without its last dimension,
+            each sequence's. None: every token its own.
         **options: ``entropy=False``, ``linear_bias``, and those of ``linear_token_stats``.
 
     Returns:
@@ -105,15 +107,11 @@ def linear_loss(
     logits, options = _logits(input, linear_weight, target, **options)
     rows, stats = statistics.counted_stats(logits, target, **options)
     if units is not None:
-        if units.shape != target.shape:
-            raise ValueError(
-                f"units must have target's shape {tuple(target.shape)}, got {tuple(units.shape)}"
-            )
-        order = units.reshape(-1)[rows].argsort(stable=True)
+        order = expand_units(units, target.shape).reshape(-1)[rows].argsort(stable=True)
         rows, stats = rows[order], statistics.apply(lambda x: x[order], stats)
     if not len(rows):
         return stats.logps.sum()
-    loss = loss_fn(stats, rows)
+    loss = call_on_stats(loss_fn, stats, rows)
     if not isinstance(loss, Tensor) or loss.dim() != 0:
         got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         raise ValueError(f"loss_fn must return a 0-d tensor, got {got}")
@@ -137,4 +135,5 @@ def _logits(
             "inplace belongs to the functions of logits; a linear head has none to overwrite"
         )
     ignore_index, shift = options.get("ignore_index", -100), options.get("shift", False)
+    check_flag("shift", shift)
     return linear_logits(input, linear_weight, target, linear_bias, ignore_index, shift), options

@@ -7,6 +7,13 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from fused_losses.arguments import (
+    WEIGHT_CURE,
+    check_ids,
+    check_max_weight,
+    check_number,
+    refuse_gradient,
+)
 from fused_losses.reference.rows import reduce, reference_logps, segment_sum, select
 from fused_losses.reference.stats import Transform, counted
 from fused_losses.token_losses import TOKEN_LOSSES, TokenLoss
@@ -113,7 +120,8 @@ def token_loss(
         max_weight: Cap G of the weight, where the member has a continuation.
         reduction: ``mean`` over counted labels (sequences), ``sum`` or ``none``.
         num_items: Replaces the mean's divisor; 0 gives 0.
-        token_weight: target's shape; multiplies the losses, data without gradient.
+        token_weight: target's shape; multiplies the losses. Differentiable with
+            ``reduction="none"``; elsewhere one that requires a gradient is refused.
         label_smoothing: Share of the uniform target, ``mle`` only, as in ``F.cross_entropy``.
         z_loss: Adds ``z_loss * lse_t ** 2``.
         **transform: ``ignore_index=-100``, ``softcap=None``, ``logit_scale=1.0``,
@@ -137,6 +145,14 @@ def token_loss(
         raise ValueError(f"level must be 'token' or 'sequence', got {level!r}")
     if segment_ids is not None and level == "token":
         raise ValueError("segment_ids needs level='sequence'")
+    beta = check_number("beta", beta, low=0.0)
+    max_weight = check_max_weight(max_weight)
+    label_smoothing = check_number(
+        "label_smoothing", label_smoothing, low=0.0, high=1.0, closed=True
+    )
+    z_loss = check_number("z_loss", z_loss, low=0.0, closed=True)
+    if reduction != "none":
+        refuse_gradient("token_weight", token_weight, WEIGHT_CURE)
 
     rows, z, y = counted(logits, target, **transform)
     logp_v = z.log_softmax(-1)  # (n, V)
@@ -166,7 +182,7 @@ def token_loss(
                 f"token_weight must have target's shape {tuple(target.shape)}, "
                 f"got {tuple(token_weight.shape)}"
             )
-        losses = losses * token_weight.detach().reshape(-1)[rows].to(z.dtype)
+        losses = losses * token_weight.reshape(-1)[rows].to(z.dtype)
     return reduce(losses, rows, target.shape, reduction, num_items)
 
 
@@ -202,6 +218,7 @@ def _sequences(
             f"segment_ids must have target's shape {tuple(target.shape)}, "
             f"got {tuple(segment_ids.shape)}"
         )
+    check_ids("segment_ids", segment_ids)
     keys = torch.stack([row, segment_ids.reshape(-1).long()], dim=-1)
     segments, number = keys.unique(dim=0, return_inverse=True)
     return number, segments.shape[:1]

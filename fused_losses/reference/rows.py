@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fused_losses.arguments import COUNT_CURE, check_number, number, refuse_gradient
+
 
 def counted_rows(target: Tensor, ignore_index: int, shift: bool) -> Tensor:
     """Return the flat int64 positions in target of the counted labels, ascending.
@@ -123,6 +125,8 @@ def select(
     name: str, argument: Tensor | float, shape: torch.Size, positions: Tensor, dtype: torch.dtype
 ) -> Tensor:
     """Read an argument that broadcasts to the items (tokens, sequences) where they count."""
+    if not isinstance(argument, Tensor):
+        argument = check_number(name, argument)
     x = torch.as_tensor(argument, dtype=dtype, device=positions.device)
     try:
         return x.expand(shape).reshape(-1)[positions]
@@ -166,6 +170,9 @@ def reduce(
     """
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
+    if num_items is not None and not isinstance(num_items, Tensor):
+        num_items = number("num_items", num_items)
+    refuse_gradient("num_items", num_items, COUNT_CURE)
     if num_items is not None and reduction != "mean":
         raise ValueError(f"num_items needs reduction='mean', got reduction={reduction!r}")
     if reduction == "none":

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, TypedDict
 
 from torch import Tensor
 
+from fused_losses.arguments import check_choice, check_flag, check_number
 from fused_losses.reference.rows import counted_logits, scatter
 from fused_losses.stats import TokenStats
 
@@ -55,6 +56,7 @@ def counted_stats(
     logits: Tensor, target: Tensor, *, entropy: bool = False, **transform: Unpack[Transform]
 ) -> tuple[Tensor, TokenStats]:
     """Return the flat positions of the counted tokens and their 1-D statistics."""
+    check_flag("entropy", entropy)
     rows, z, y = counted(logits, target, **transform)
     logp_v = z.log_softmax(-1)
     logps = logp_v.gather(-1, y[:, None]).squeeze(-1)
@@ -81,7 +83,14 @@ def counted(
     validate: bool = False,
     inplace: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Apply ``counted_logits`` with the defaults, dropping what has no effect here."""
+    """Check the options and apply ``counted_logits``, dropping what has no effect here."""
+    for name, flag in (("shift", shift), ("validate", validate), ("inplace", inplace)):
+        check_flag(name, flag)
+    check_choice("backend", backend, ("auto", "triton", "torch"))
+    if softcap is not None:
+        softcap = check_number("softcap", softcap, low=0.0)
+    logit_scale = check_number("logit_scale", logit_scale, low=0.0)
+    temperature = check_number("temperature", temperature, low=0.0)
     return counted_logits(
         logits,
         target,

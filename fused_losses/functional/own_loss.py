@@ -1,0 +1,131 @@
+"""Log-probs from hidden states for losses of your own: per-token statistics, and whole units."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar, Unpack, cast
+
+import torch
+from torch import Tensor
+
+from fused_losses.arguments import check_flag, expand_units
+from fused_losses.backends import lines
+from fused_losses.engine.units import UnitChunk
+from fused_losses.functional.linear_source import open_source
+from fused_losses.functional.observe import report_stats, statistics_wanted
+from fused_losses.functional.options import SharedLinearOptions, refuse_loss_options
+from fused_losses.functional.token_level import run_statistics, stats_of
+from fused_losses.functional.units import runs_whole_units, sum_over_units
+from fused_losses.stats import TokenStats, call_on_stats
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+_eager_only = cast(
+    "Callable[[_F], _F]",
+    torch.compiler.disable(
+        reason="linear_loss runs loss_fn under autograd and is eager only; compose "
+        "linear_token_stats with your loss to compile it"
+    ),
+)
+
+
+def linear_token_stats(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    entropy: bool = False,
+    **common: Unpack[SharedLinearOptions],
+) -> TokenStats:
+    """:func:`token_stats` from hidden states: the building block of any loss of log-probs.
+
+    Without gradients 2 N D V FLOPs: the way to compute reference log-probs. With them autograd may
+    use the results as it likes: 8 N D V in all, the chunks being made again in backward; 4 with a
+    frozen weight and bias (6 if ``entropy``). If the loss is a function of whole sequences or
+    pairs, :func:`linear_loss` does it for 6. Logits of 16-bit operands are fp32 by default.
+
+    Args:
+        input: (..., D) hidden states, floating point.
+        linear_weight: (V, D).
+        target: (...), int64 or int32, in [0, V) or ``ignore_index``.
+        entropy: Also compute the entropy (14).
+        **common: What :func:`token_stats` takes, and what :class:`fused_losses.SharedLinearOptions`
+        adds.
+
+    Returns:
+        As :func:`token_stats`.
+
+    Raises:
+        TypeError: As :func:`linear_mle_loss`.
+        ValueError: As :func:`linear_mle_loss`; options of a reduction.
+        IndexError: As :func:`linear_mle_loss`.
+    """
+    source, options = open_source(linear_token_stats, input, linear_weight, common, precise=True)
+    refuse_loss_options(options, "by token statistics")
+    check_flag("entropy", entropy)
+    return run_statistics(source, target, entropy=entropy)
+
+
+@_eager_only
+def linear_loss(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    loss_fn: Callable[[TokenStats, Tensor], Tensor],
+    *,
+    units: Tensor | None = None,
+    entropy: bool = False,
+    **common: Unpack[SharedLinearOptions],
+) -> Tensor:
+    """Your own loss of log-probs, in plain torch, without logits and without recomputation.
+
+    ``loss_fn`` is called on the log-probs of whole units while their chunk's logits exist; torch
+    differentiates it, and the gradient products follow: 6 N D V FLOPs (4 with a frozen weight). If
+    a unit does not fit ``workspace_bytes`` the call runs by recomputation (8). Eager only: under
+    ``torch.compile`` it breaks the graph, and ``fullgraph=True`` is an error that says so.
+
+    Args:
+        input: (..., D) hidden states, floating point.
+        linear_weight: (V, D).
+        target: (...), int64 or int32, in [0, V) or ``ignore_index``.
+        loss_fn: ``(stats, rows) -> 0-d tensor``. ``stats`` is a 1-D :class:`TokenStats` of the
+            counted tokens of some whole units, unit after unit; ``rows`` (int64) are their flat
+            positions in target. Its results are summed, so it must be additive over units; units
+            without counted tokens never appear. Only ``stats`` is differentiated: what the function
+            captures is constant.
+        units: Integer tensor of target's shape, ids >= 0: the unit (sequence, pair, group) of each
+            token; or without target's last dimension, (B,) for (B, T): that of each sequence. None:
+            every token is its own unit.
+        entropy: Also give ``loss_fn`` the entropy, differentiable; else ``stats.entropy`` is None.
+        **common: As :func:`linear_token_stats`.
+
+    Returns:
+        0-d sum of what ``loss_fn`` returned, fp32 or fp64, attached to the graph.
+
+    Raises:
+        TypeError: As :func:`linear_mle_loss`; units that are not integers.
+        ValueError: As :func:`linear_mle_loss`; a negative unit; a result that is not 0-d.
+        IndexError: As :func:`linear_mle_loss`.
+    """
+    if not callable(loss_fn):
+        raise TypeError(f"loss_fn must be a function, got {type(loss_fn).__name__}")
+    source, options = open_source(linear_loss, input, linear_weight, common, precise=True)
+    refuse_loss_options(options, "by linear_loss, whose loss_fn does the reduction")
+    check_flag("entropy", entropy)
+    tokens = source.tokens(target)
+    unit_of = None
+    if units is not None:
+        unit_of = tokens.flat("units", expand_units(units, tokens.shape))
+    watched = statistics_wanted()
+    if not runs_whole_units(tokens):
+        # The result is 0-d whatever loss_fn is; how many tokens it would get is data.
+        return source.statistics(tokens, entropy=entropy)[lines.LOGP].sum()
+
+    def call(stats: TokenStats, chunk: UnitChunk) -> Tensor:
+        # With shift, the row at t scores the label at t + 1 of the same sequence.
+        asked = stats if entropy else stats._replace(entropy=None)
+        return call_on_stats(loss_fn, asked, chunk.positions + options.shift)
+
+    loss, rows = sum_over_units(source, tokens, unit_of, call, entropy=entropy or watched)
+    report_stats(stats_of(rows, tokens, entropy=entropy or watched))
+    return loss

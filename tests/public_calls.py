@@ -1,0 +1,110 @@
+"""One small call of every public function, with every tensor it takes beside the scores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fused_losses
+from fused_losses import TokenStats
+
+D, V = 4, 11
+
+
+def own_loss(stats: TokenStats, rows: Tensor) -> Tensor:
+    """Additive over any units."""
+    return (stats.logps * (rows + 1)).sum() + stats.lse.sum()
+
+
+def of_units(units: Tensor) -> Callable[[TokenStats, Tensor], Tensor]:
+    """A loss that only the right units give."""
+
+    def loss_fn(stats: TokenStats, rows: Tensor) -> Tensor:
+        of_row = units.expand(units.shape).reshape(-1)[rows]
+        sums = stats.logps.new_zeros(int(units.max()) + 1).index_add(0, of_row, stats.logps)
+        return (sums**2).sum()
+
+    return loss_fn
+
+
+@dataclass(frozen=True)
+class Case:
+    """A public function, what it takes per token, and options that choose a path in it."""
+
+    name: str
+    takes: tuple[str, ...] = ()
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def linear(self) -> bool:
+        """Whether it takes hidden states."""
+        return self.name.startswith("linear_")
+
+    def __str__(self) -> str:
+        """Name of the test."""
+        return "-".join([self.name, *map(str, self.options.values())])
+
+    def tensors(self, shape: tuple[int, ...], device: Any = "cpu") -> dict[str, Tensor]:
+        """Scores, and each operand that the call takes."""
+        made = {
+            "target": torch.randint(V, shape),
+            "ref_logps": -2.0 - torch.rand(shape),
+            "ref_sums": -2.0 - torch.rand(shape[:1]),
+            "token_weight": torch.rand(shape) - 0.3,
+            "value": 0.1 * torch.randn(shape),
+            "segment_ids": torch.randint(3, shape),
+            "units": torch.randint(3, shape),
+            "linear_bias": torch.randn(V),
+        }
+        made["target"].view(-1)[-1:] = -100
+        if "segment_ids" in self.takes:  # how many sequences there are is data: one value for all
+            made["value"] = made["value"].view(-1)[:1]
+        wanted = {"target", *self.takes, *(["linear_bias"] if self.linear else [])}
+        scores = (
+            {"input": torch.randn(*shape, D), "linear_weight": torch.randn(V, D)}
+            if self.linear
+            else {"logits": torch.randn(*shape, V)}
+        )
+        chosen = scores | {name: t for name, t in made.items() if name in wanted}
+        return {name: t.to(device) for name, t in chosen.items()}
+
+    def __call__(self, tensors: dict[str, Tensor], module: Any = fused_losses, **more: Any) -> Any:
+        """Call the function on them."""
+        given: dict[str, Any] = dict(tensors)
+        if "ref_sums" in given:
+            given["ref_logps"] = given.pop("ref_sums")
+        if self.name.endswith("dpo_loss"):
+            given.setdefault("ref_logps", None)
+        if self.name == "linear_loss":
+            given["loss_fn"] = of_units(given["units"]) if "units" in given else own_loss
+        return getattr(module, self.name)(**given, **self.options, **more)
+
+
+def _both(name: str, takes: tuple[str, ...] = (), **options: Any) -> list[Case]:
+    return [Case(name, takes, options), Case(f"linear_{name}", takes, options)]
+
+
+TOKEN = ("ref_logps", "token_weight", "value")
+CASES = [
+    *_both("mle_loss", ("token_weight",)),
+    *_both("mle_loss", ("token_weight",), reduction="none"),
+    *_both("pearson_loss", TOKEN),
+    *_both("pearson_loss", ("ref_logps", "value", "segment_ids"), level="sequence"),
+    *_both("hellinger_loss", TOKEN, reduction="none"),
+    *_both("token_loss", TOKEN, loss="kl"),
+    *_both("dpo_loss", ("ref_logps",)),
+    *_both("dpo_loss", ("ref_sums",), reduction="none"),
+    *_both("token_stats"),
+    Case("linear_loss"),
+    Case("linear_loss", ("units",)),
+]
+FUNCTIONS = sorted({case.name for case in CASES})
+
+
+def case_of(name: str) -> Case:
+    """The first case of a function."""
+    return next(case for case in CASES if case.name == name)

@@ -155,6 +155,33 @@ def test_a_module_can_be_watched() -> None:
     _assert_stats(stats, {})
 
 
+@pytest.mark.parametrize("entropy", [False, True])
+@pytest.mark.parametrize("trained", [{}, {"w": False}], ids=["head trained", "head frozen"])
+def test_a_loss_of_ones_own_can_be_watched(trained: dict[str, bool], entropy: bool) -> None:
+    seen: list[bool] = []
+
+    def own(stats: TokenStats, rows: Tensor) -> Tensor:
+        seen.append(stats.entropy is not None)  # what it gets does not depend on the watcher
+        return (stats.logps**2).sum()
+
+    options = _options("linear_loss", shift=True, softcap=20.0, entropy=entropy)
+    results = []
+    for watched in (False, True):
+        leaves = BATCH.leaves(bias=False, **trained)
+        args = (leaves.x, leaves.w, leaves.y, own)
+        if watched:
+            loss, stats = fused_losses.with_stats(fused_losses.linear_loss, *args, **options)
+        else:
+            loss = fused_losses.linear_loss(*args, **options)
+        results.append([loss, *gradients(loss, leaves)])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert set(seen) == {entropy}
+    assert isinstance(stats, TokenStats)
+    _assert_stats(stats, options)
+    assert not any(t.requires_grad for t in stats if t is not None)
+
+
 def test_the_kernels_tell_the_same() -> None:
     small = head_batch((2, 3), 4, 9)
     results = [
@@ -171,14 +198,8 @@ def test_the_kernels_tell_the_same() -> None:
 
 def test_what_has_no_statistics_is_refused_by_name() -> None:
     args = (BATCH.x, BATCH.w, BATCH.y)
-
-    def own(stats: TokenStats, rows: Tensor) -> Tensor:
-        return stats.logps.sum()
-
     with pytest.raises(TypeError, match="got linear_token_stats"):
         fused_losses.with_stats(fused_losses.linear_token_stats, *args)
-    with pytest.raises(TypeError, match="got linear_loss"):
-        fused_losses.with_stats(fused_losses.linear_loss, *args, own)
     with pytest.raises(TypeError, match="got preference_loss"):
         fused_losses.with_stats(fused_losses.preference_loss, torch.zeros(2), torch.zeros(2))
     with pytest.raises(TypeError, match="got preference_loss"):

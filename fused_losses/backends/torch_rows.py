@@ -63,7 +63,7 @@ def row_pass(
 
     def conclude(at: slice) -> None:
         out, t = rows[:, at], targets[at]
-        take_in(out, seen[at], t, first=before is None)
+        take_in(out, seen[at], t, first_column=first_column)
         if t.last:
             total = out[lines.SO_FAR_TOTAL].clone() if smoothed else None
             finish(out, entropy=entropy)
@@ -83,8 +83,7 @@ def row_pass(
 
     for block, at in _row_blocks(z, rows.dtype):
         E = block if scratch is None else scratch[: block.shape[0]]
-        x = _transformed(block, maths, E, copy=smoothed)
-        jacobian = None if written is None else _jacobian(x, maths)
+        x, jacobian = _transformed(block, maths, E, slope=written is not None)
         exponentiate(x, E, seen[at], targets[at], None if before is None else before[at])
         if gradient is not None and objective is not None and weight is not None:
             # The weight of a row is known as soon as the row is.
@@ -123,8 +122,7 @@ def row_gradient(
     written = (block for block, _ in _row_blocks(dz, rows.dtype))
     for (block, at), target in zip(_row_blocks(z, rows.dtype), written, strict=True):
         E = target if scratch is None else scratch[: block.shape[0]]
-        x = _transformed(block, maths, E)
-        jacobian = _jacobian(x, maths)
+        x, jacobian = _transformed(block, maths, E, slope=True)
         torch.sub(x, shift[at], out=E)
         surprise = None if slopes.tilt is None else E + above[at]
         slopes[at].apply(exp_(E), targets[at], surprise)
@@ -166,23 +164,25 @@ def _scratch(z: Tensor, dtype: torch.dtype) -> Tensor:
     return z.new_empty((rows, z.shape[-1]), dtype=dtype)
 
 
-def _transformed(block: Tensor, maths: RowMaths, out: Tensor, *, copy: bool = False) -> Tensor:
-    """Transform a block into ``out``; return the block itself where there is nothing to do."""
-    if block.dtype == out.dtype and maths == _IDENTITY and not copy:
-        return block
+def _transformed(
+    block: Tensor, maths: RowMaths, out: Tensor, *, slope: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Transform a block into ``out``; return the block itself where there is nothing to do.
+
+    Also returns d x / d raw divided by its constant factor, if asked for and where that is not all.
+    """
+    if block.dtype == out.dtype and maths == _IDENTITY:
+        return block, None
     # Contiguous, whatever the strides of the logits: the same to the bit.
     if out.data_ptr() != block.data_ptr():
         out.copy_(block)
     if maths.pre != 1.0:
         out.mul_(maths.pre)
-    if maths.cap is not None:
-        out.tanh_().mul_(maths.cap)
-    return out
-
-
-def _jacobian(x: Tensor, maths: RowMaths) -> Tensor | None:
-    """Return d x / d raw divided by its constant factor, or None where that is all."""
-    return None if maths.cap is None else x.div(maths.cap).square_().neg_().add_(1.0)
+    if maths.cap is None:
+        return out, None
+    out.tanh_()
+    jacobian = out.square().neg_().add_(1.0) if slope else None
+    return out.mul_(maths.cap), jacobian
 
 
 @dataclass(frozen=True)

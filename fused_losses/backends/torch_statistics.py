@@ -74,7 +74,7 @@ class Seen:
         largest: Its largest logit.
         target: The target's logit, if it is there.
         rest: Sum of E = exp(z - shift) without the target's.
-        total: Sum of the logits.
+        total: Sum of logit - shift.
         s_log: Sum of E log E without the target's.
         is_top1: Whether the target is there, and the first of the largest.
     """
@@ -113,12 +113,12 @@ def exponentiate(x: Tensor, E: Tensor, seen: Seen, t: Targets, before: Tensor | 
     """
     torch.amax(x, 1, out=seen.largest)
     torch.gather(x, 1, t.at, out=seen.target[:, None])
-    if seen.total is not None:
-        torch.sum(x, 1, out=seen.total)
     k = seen.largest if before is None else torch.maximum(seen.largest, before)
     # Where nothing but -inf was seen any finite shift gives 0.
     k = k.clamp(min=torch.finfo(k.dtype).min)
     torch.sub(x, k[:, None], out=E)
+    if seen.total is not None:
+        torch.sum(E, 1, out=seen.total)
     # exp(-inf) is 0. The target's terms are added exactly when all blocks have passed.
     t.put(E, -torch.inf)
     if seen.is_top1 is not None:
@@ -152,19 +152,20 @@ def exp_(x: Tensor) -> Tensor:
     return x.mul_(_LOG2_E).exp2_()
 
 
-def take_in(out: Tensor, seen: Seen, t: Targets, *, first: bool) -> None:
-    """Add what a range tells to what is known of its rows."""
+def take_in(out: Tensor, seen: Seen, t: Targets, *, first_column: int) -> None:
+    """Add what a range from ``first_column`` on tells to what is known of its rows."""
     m, x_y, s_rest, s_log = seen.largest, seen.target, seen.rest, seen.s_log
     is_top1 = torch.zeros_like(t.here) if seen.is_top1 is None else seen.is_top1
     total = seen.total
-    if first:
+    if first_column == 0:
         x_y, k = torch.where(t.here, x_y, torch.nan), m
     else:
         x_y = torch.where(t.here, x_y, out[lines.SO_FAR_TARGET])
-        k, (rest, log) = _continue(m, t.passed, out, entropy=s_log is not None)
+        k, moved, (rest, log) = _continue(m, t.passed, out, entropy=s_log is not None)
         s_rest = s_rest + rest
         s_log = None if s_log is None else s_log + log
-        total = None if total is None else total + out[lines.SO_FAR_TOTAL]
+        if total is not None:
+            total = total + (out[lines.SO_FAR_TOTAL] + first_column * moved)
         larger = m > out[lines.SO_FAR_LARGEST]
         is_top1 = torch.where(larger, is_top1, out[lines.TOP1] != 0.0)
         m = torch.where(larger, m, out[lines.SO_FAR_LARGEST])
@@ -179,8 +180,11 @@ def take_in(out: Tensor, seen: Seen, t: Targets, *, first: bool) -> None:
 
 def _continue(
     m: Tensor, passed: Tensor, out: Tensor, *, entropy: bool
-) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Return the shift that serves a further range of columns too, and the sums so far under it."""
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """Return the shift that serves a further range of columns too.
+
+    And the old one less it, and the sums so far under it.
+    """
     shift, s_rest, s_log = out[lines.SHIFT], out[lines.SUM], out[lines.ENTROPY]
     k = torch.where(m > shift, m, shift)
     moved = torch.where(k == shift, 0.0, shift - k)
@@ -189,7 +193,7 @@ def _continue(
         # sum E log E, the target's term included if its column has been read.
         e_y = torch.where(passed, (out[lines.SO_FAR_TARGET] - _finite(shift)).exp(), 0.0)
         s_log = s_log + torch.where(moved == -torch.inf, 0.0, moved * (s_rest + e_y))
-    return k, (factor * s_rest, factor * s_log)
+    return k, moved, (factor * s_rest, factor * s_log)
 
 
 def finish(out: Tensor, *, entropy: bool) -> None:
@@ -219,7 +223,10 @@ def _finite(k: Tensor) -> Tensor:
 def token_loss(
     out: Tensor, o: Objective, *, ref: Tensor | None, value: Tensor | None, mean: Tensor | None
 ) -> None:
-    """Fill loss, d loss / d logp and d loss / d lse: equations (5)-(7) and the extra terms."""
+    """Fill loss, d loss / d logp and d loss / d lse: equations (5)-(7) and the extra terms.
+
+    ``mean``: of logit - shift, so that what all logits have in common cancels before any rounding.
+    """
     logp, lse = out[lines.LOGP], out[lines.LSE]
     r = logp if ref is None else logp - ref.to(out.dtype)
     r = o.beta * r
@@ -233,7 +240,7 @@ def token_loss(
     dlse = torch.zeros_like(lse)
     if mean is not None:
         eps = o.label_smoothing
-        loss = (1.0 - eps) * loss + eps * (lse - mean)
+        loss = (1.0 - eps) * loss + eps * (out[lines.SUM].log() - mean)
         dlogp = (1.0 - eps) * dlogp
         dlse += eps
     if o.z_loss:

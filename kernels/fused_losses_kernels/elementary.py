@@ -1,7 +1,7 @@
-"""log1p and expm1 for device code, without libdevice (which Triton's interpreter does not have).
+"""log1p, expm1 and tanh for device code, without libdevice (the interpreter has none).
 
-Both use the classic correction of Kahan: the rounding error of 1 + x (of exp(x)) is divided out
-again, so small arguments keep their relative accuracy.
+The first two use the classic correction of Kahan: the rounding error of 1 + x (of exp(x)) is
+divided out again, so small arguments keep their relative accuracy.
 """
 
 from __future__ import annotations
@@ -31,6 +31,18 @@ def expm1(x):
 
 
 @device_function
-def tanh(x):
-    """Hyperbolic tangent to a few units of the last place of 1; -1 and 1 at the infinities."""
-    return 1.0 - 2.0 / (tl.exp(2.0 * x) + 1.0)
+def tanh_and_slope(x):
+    """Hyperbolic tangent and its derivative, each to a few units of its own last place.
+
+    Near 0, Lambert's continued fraction, cut off where what is left out is below 2**-56; elsewhere
+    exponentials, where 1 - tanh**2 would cancel. One division serves both.
+    """
+    square = x * x
+    near_zero = square < 0.16
+    e = tl.exp(-2.0 * tl.abs(x))
+    top = x * (135135.0 + square * (17325.0 + square * (378.0 + square)))
+    bottom = 135135.0 + square * (62370.0 + square * (3150.0 + square * 28.0))
+    top = tl.where(near_zero, top, tl.where(x < 0.0, e - 1.0, 1.0 - e))
+    inverse = 1.0 / tl.where(near_zero, bottom, 1.0 + e)
+    t = top * inverse
+    return t, tl.where(near_zero, 1.0 - t * t, 4.0 * e * inverse * inverse)

@@ -6,7 +6,7 @@ cancellation.
 
 A row that is read in pieces, one range of columns after another, keeps what it knows so far in the
 same lines: SHIFT, the sum without the target in SUM, the sum of E log E in ENTROPY, TOP1, and under
-the names below the target's logit, the largest logit and the sum of the logits.
+the names below the target's logit, the largest logit and the sum of the logits less SHIFT.
 """
 
 LOSS, LOGP, LSE, ENTROPY, TOP1, DLOGP, DLSE, SHIFT, SUM, REST = range(10)

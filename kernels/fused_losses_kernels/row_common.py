@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fused_losses_kernels.elementary import tanh
+from fused_losses_kernels.elementary import tanh_and_slope
 
 
 @triton.jit
@@ -28,12 +28,17 @@ def row_offset(n, T, stride_b, stride_t):
 
 @triton.jit
 def transformed(ptr, cols, stride_v, V, pre, cap, ACC: tl.constexpr, SOFTCAP: tl.constexpr):
-    """Load a block of a row and transform it; the tail is -inf after every transform."""
+    """Load a block of a row and transform it; the tail is -inf after every transform.
+
+    Also returns the derivative of tanh, which nothing may read without a softcap.
+    """
     # Up to ACC before any arithmetic: the interpreter's bf16 arithmetic is wrong.
     x = tl.load(ptr + cols * stride_v, mask=cols < V, other=0.0).to(ACC) * pre
+    slope = x
     if SOFTCAP:
-        x = cap * tanh(x)
-    return tl.where(cols < V, x, float("-inf"))
+        x, slope = tanh_and_slope(x)
+        x *= cap
+    return tl.where(cols < V, x, float("-inf")), slope
 
 
 @triton.jit
@@ -71,14 +76,13 @@ def write_gradient(
     alpha = dlse - dlogp
     for start in range(0, V, BLOCK_V):
         cols = start + tl.arange(0, BLOCK_V).to(tl.int64)
-        x = transformed(z_ptr, cols, stride_zv, V, pre, cap, ACC, SOFTCAP)
+        x, slope = transformed(z_ptr, cols, stride_zv, V, pre, cap, ACC, SOFTCAP)
         p = tl.exp(x - shift) / s
         dz = tl.where(cols == y, dlse - alpha * rest, alpha * p) + dmean
         if ENTROPY_GRAD:
             dz -= tl.where(p == 0.0, 0.0, dentropy * p * ((x - shift) - tl.log(s) + entropy))
         if SOFTCAP:
-            tanh_x = x / cap
-            dz *= cap * pre * (1.0 - tanh_x * tanh_x)
+            dz *= cap * pre * slope
         else:
             dz *= pre
         tl.store(dz_ptr + cols, dz.to(dz_ptr.dtype.element_ty), mask=cols < V)

@@ -7,9 +7,10 @@ shift k per row, the maximum of the first block and of the target's logit:
     logp = -log1p(s_rest / E_y),   lse = k + log s,   1 - p_y = s_rest / s
 
 The sum leaves the target out, so confident targets keep their relative accuracy. k need not be the
-maximum: fp32 and bf16 have room above. A row whose later block exceeds k by more than ``_ROOM`` is
-scaled down by a power of two, which is exact, and goes on. From logp the program evaluates the
-token loss it was given, a device function ``r -> (phi, weight)``; it knows no loss by name.
+maximum, but exp(z - k) is the more exact the smaller its argument: a row whose later block exceeds
+k by more than ``_ROOM`` is scaled down and goes on from that block's maximum. From logp the program
+evaluates the token loss it was given, a device function ``r -> (phi, weight)``; it knows no loss by
+name.
 
 A launch may hold a range of the vocabulary's columns: what is known so far then waits in ``rows``
 (see ``lines``) for the next range, and the last one makes the results.
@@ -30,7 +31,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fused_losses_kernels import lines
-from fused_losses_kernels.elementary import tanh
+from fused_losses_kernels.elementary import tanh_and_slope
 from fused_losses_kernels.launch import row_launch
 from fused_losses_kernels.row_common import (
     accumulator,
@@ -49,15 +50,14 @@ _ENTROPY, _TOP1, _SHIFT, _SUM = (
 _TARGET, _LARGEST, _TOTAL = (
     tl.constexpr(line) for line in (lines.SO_FAR_TARGET, lines.SO_FAR_LARGEST, lines.SO_FAR_TOTAL)
 )
-# e**30 times a vocabulary of 2**20 is far inside the range of fp32 and of bf16.
-_ROOM = tl.constexpr(30.0)
-_LOG2E = tl.constexpr(1.4426950408889634)
-_LN2 = tl.constexpr(0.6931471805599453)
+# exp(4) is as wrong as eager's difference from the maximum, and fits fp16; less room, and what was
+# written has to be scaled down more often.
+_ROOM = tl.constexpr(4.0)
 
 
 @triton.jit
 def _scale_down(e_ptr, stop, factor, ACC: tl.constexpr, BLOCK_V: tl.constexpr):
-    """Multiply the whole blocks written so far, columns below ``stop``, by a power of two."""
+    """Multiply the whole blocks written so far, columns below ``stop``."""
     tl.debug_barrier()
     for start in range(0, stop, BLOCK_V):
         cols = start + tl.arange(0, BLOCK_V).to(tl.int64)
@@ -123,13 +123,15 @@ def _row_pass_kernel(
         y_here = y - first_column
         here = (y_here >= 0) & (y_here < C)
         z_y = tl.load(z_ptr + y_here * stride_zv, mask=here, other=float("nan")).to(ACC) * pre
+        slope_y = z_y
         if SOFTCAP:
-            z_y = cap * tanh(z_y)
+            z_y, slope_y = tanh_and_slope(z_y)
+            z_y *= cap
 
         k = tl.where(z_y == z_y, z_y, float("-inf"))
         s_rest = tl.zeros((), ACC)
         s_log = tl.zeros((), ACC)  # sum of E log E, target included
-        total = tl.zeros((), ACC)
+        total = tl.zeros((), ACC)  # sum of z - k
         largest = tl.full((), float("-inf"), ACC)
         top1 = tl.zeros((), ACC)
         if not FIRST:
@@ -142,7 +144,7 @@ def _row_pass_kernel(
             top1 = tl.load(rows_ptr + _TOP1 * step)
         for start in range(0, C, BLOCK_V):
             cols = start + tl.arange(0, BLOCK_V).to(tl.int64)
-            x = transformed(z_ptr, cols, stride_zv, C, pre, cap, ACC, SOFTCAP)
+            x, slope = transformed(z_ptr, cols, stride_zv, C, pre, cap, ACC, SOFTCAP)
             m = tl.max(x, axis=0)
             is_first = False
             if FIRST:
@@ -150,18 +152,21 @@ def _row_pass_kernel(
             if is_first:
                 k = tl.maximum(k, m)
             elif m > k + _ROOM:
-                # The first finite block, if all before it was -inf; else a power of two.
+                # The difference of two numbers of the row, so that the sums follow k exactly
+                # however far from 0 they are; 0 if all before was -inf.
                 first = k == float("-inf")
-                steps = tl.where(first, 0.0, tl.ceil((m - k) * _LOG2E))
-                factor = tl.exp2(-steps)
+                moved = tl.where(first, 0.0, m - k)
+                factor = tl.exp(-moved)
                 if ENTROPY_WANTED:
                     seen = (y >= 0) & (y_here < start)
                     e_y = tl.where(seen, tl.exp(z_y - tl.where(first, 0.0, k)), 0.0)
-                    s_log = factor * (s_log - (s_rest + e_y) * (steps * _LN2))
+                    s_log = factor * (s_log - (s_rest + e_y) * moved)
+                if SMOOTHED:
+                    total -= (first_column + start) * moved
                 s_rest *= factor
                 if e_ptr is not None:
                     _scale_down(e_ptr, start, factor, ACC, BLOCK_V)
-                k = tl.where(first, m, k + steps * _LN2)
+                k = m
             shift = tl.where(k == float("-inf"), 0.0, k)
             e = tl.exp(x - shift)
             # NaN reaches the result through this sum; tl.max drops it.
@@ -169,7 +174,7 @@ def _row_pass_kernel(
             if ENTROPY_WANTED:
                 s_log += tl.sum(tl.where(e > 0.0, e * (x - shift), 0.0), axis=0)
             if SMOOTHED:
-                total += tl.sum(tl.where(cols < C, x, 0.0), axis=0)
+                total += tl.sum(tl.where(cols < C, x - shift, 0.0), axis=0)
             if TOP1_WANTED:
                 # The first maximum of the row so far, and whether it is the target.
                 at = tl.min(tl.where(x == m, cols, C), axis=0)
@@ -177,7 +182,7 @@ def _row_pass_kernel(
                 largest = tl.maximum(largest, m)
             if e_ptr is not None:
                 if SOFTCAP:
-                    e *= 1.0 - (x / cap) * (x / cap)
+                    e *= slope
                 # The target's entry too, overwritten at the end: a mask of single columns would
                 # make every store one element wide.
                 tl.store(e_ptr + cols, e.to(e_ptr.dtype.element_ty), mask=cols < C)
@@ -187,7 +192,7 @@ def _row_pass_kernel(
             if FIRST and LAST:
                 d_y -= tl.where(s_rest == float("inf"), float("nan"), s_rest)
                 if SOFTCAP:
-                    d_y *= 1.0 - (z_y / cap) * (z_y / cap)
+                    d_y *= slope_y
             tl.debug_barrier()  # after the loop's store to the same place, by another thread
             tl.store(e_ptr + y_here, d_y.to(e_ptr.dtype.element_ty), mask=here)
 

@@ -24,7 +24,7 @@ def write_results(
     k,
     s_rest,
     s_log,
-    mean,
+    mean,  # of z - k
     top1,
     ref_ptr,
     value_ptr,
@@ -82,7 +82,7 @@ def write_results(
         # A bad label has no logit, so NaN for log-prob; a constant weight would hide it.
         dlogp = tl.where(z_y == z_y, -weight, float("nan"))
         if SMOOTHED:
-            loss = (1.0 - smoothing) * loss + smoothing * (lse - mean)
+            loss = (1.0 - smoothing) * loss + smoothing * (log_s - mean)
             dlogp *= 1.0 - smoothing
             dlse += smoothing
         loss += z_loss * lse * lse

@@ -1,6 +1,7 @@
 # Every target sets up .venv first if it is missing or older than its pins.
 #   make demo DEMO_ARGS="--steps 20"     make test TEST_ARGS="-k hellinger"     make test JOBS=8
 #   make bench BENCH_ARGS=--quick        make gpu GPU_ARGS="--wheels peers --list"
+#   make accuracy ACCURACY_ARGS="--draws 50 --seed 7"
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -14,6 +15,7 @@ PIPELINE_ARGS ?=
 TEST_ARGS ?=
 BENCH_ARGS ?=
 REPORT_ARGS ?=
+ACCURACY_ARGS ?=
 GPU_ARGS ?=
 
 VENV := .venv
@@ -34,7 +36,7 @@ awk '/(Downloading|Using cached) .*\([0-9.]+ MB\)/ { size = $$NF == "MB)" ? $$(N
      /^Installing collected packages/ { print "    installing " gsub(/,/, ",") + 1 " packages"; fflush() }'
 endef
 
-.PHONY: help demo pipeline test lint typecheck bench bench-report kernel-report gpu clean distclean
+.PHONY: help demo pipeline test lint typecheck bench bench-report kernel-report accuracy gpu clean distclean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -92,6 +94,9 @@ bench-report: $(READY)  ## Draw tables and plots of the newest results
 
 kernel-report: $(READY)  ## Compile every kernel for four architectures, no GPU needed; tables to commit
 	@$(PY) benchmarks/kernel_report.py
+
+accuracy: $(READY)  ## Errors of random calls beside eager torch's, at most twice: tables to commit
+	@OMP_NUM_THREADS=1 $(PY) benchmarks/accuracy.py --jobs $(JOBS) $(ACCURACY_ARGS)
 
 gpu: $(READY)  ## Run what only a GPU can show, in under 10 minutes; JSON and log in outputs/gpu
 	@$(PY) benchmarks/gpu.py $(GPU_ARGS)

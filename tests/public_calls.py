@@ -81,7 +81,7 @@ class Case:
             given.setdefault("ref_logps", None)
         if self.name == "linear_loss":
             given["loss_fn"] = of_units(given["units"]) if "units" in given else own_loss
-        return getattr(module, self.name)(**given, **self.options, **more)
+        return getattr(module, self.name)(**given, **{**self.options, **more})
 
 
 def _both(name: str, takes: tuple[str, ...] = (), **options: Any) -> list[Case]:

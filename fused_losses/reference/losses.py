@@ -137,6 +137,12 @@ def token_loss(
         IndexError: A counted label outside [0, V).
     """
     member = _member(loss)
+    beta = check_number("beta", beta, low=0.0)
+    max_weight = check_max_weight(max_weight)
+    label_smoothing = check_number(
+        "label_smoothing", label_smoothing, low=0.0, high=1.0, closed=True
+    )
+    z_loss = check_number("z_loss", z_loss, low=0.0, closed=True)
     if member.uses_reference and ref_logps is None:
         raise ValueError(f"loss={member.name!r} needs ref_logps, got None")
     if label_smoothing and member.name != "mle":
@@ -145,12 +151,6 @@ def token_loss(
         raise ValueError(f"level must be 'token' or 'sequence', got {level!r}")
     if segment_ids is not None and level == "token":
         raise ValueError("segment_ids needs level='sequence'")
-    beta = check_number("beta", beta, low=0.0)
-    max_weight = check_max_weight(max_weight)
-    label_smoothing = check_number(
-        "label_smoothing", label_smoothing, low=0.0, high=1.0, closed=True
-    )
-    z_loss = check_number("z_loss", z_loss, low=0.0, closed=True)
     if reduction != "none":
         refuse_gradient("token_weight", token_weight, WEIGHT_CURE)
 

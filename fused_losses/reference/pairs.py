@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from fused_losses.arguments import COUNT_CURE, check_number, refuse_gradient
+from fused_losses.arguments import check_number
 from fused_losses.preference import (
     LossType,
     Pairs,
@@ -16,7 +16,7 @@ from fused_losses.preference import (
     refuse_reference,
     score,
 )
-from fused_losses.reference.rows import reduce, reference_logps, segment_sum
+from fused_losses.reference.rows import check_count, reduce, reference_logps, segment_sum
 from fused_losses.reference.stats import Transform, counted_stats
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def dpo_loss(
     if token_weight is not None or z_loss:
         raise ValueError("dpo_loss takes no token_weight or z_loss: its losses belong to pairs")
     sft_weight = check_number("sft_weight", sft_weight, low=0.0, closed=True)
-    refuse_gradient("sft_num_items", sft_num_items, COUNT_CURE)
+    sft_num_items = check_count("sft_num_items", sft_num_items)
     if sft_weight and reduction == "none":
         raise ValueError("sft_weight is not taken with reduction='none'")
     options = parse_pair_options(loss_type, beta, label_smoothing, simpo_gamma, discopop_tau)

@@ -148,6 +148,12 @@ def reference_logps(ref_logps: Tensor, shape: torch.Size, dtype: torch.dtype) ->
     return ref_logps.detach().to(dtype)
 
 
+def check_count(name: str, count: float | Tensor | None) -> float | Tensor | None:
+    """Return a divisor of a mean: a number, a tensor without gradient, or None."""
+    refuse_gradient(name, count, COUNT_CURE)
+    return count if count is None or isinstance(count, Tensor) else number(name, count)
+
+
 def reduce(
     losses: Tensor,
     positions: Tensor,
@@ -170,9 +176,7 @@ def reduce(
     """
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
-    if num_items is not None and not isinstance(num_items, Tensor):
-        num_items = number("num_items", num_items)
-    refuse_gradient("num_items", num_items, COUNT_CURE)
+    num_items = check_count("num_items", num_items)
     if num_items is not None and reduction != "mean":
         raise ValueError(f"num_items needs reduction='mean', got reduction={reduction!r}")
     if reduction == "none":

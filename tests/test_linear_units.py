@@ -178,31 +178,19 @@ def test_a_unit_too_large_for_the_workspace_gives_the_same(batch: HeadBatch) -> 
         assert relative_error(a, b) <= 1e-5
 
 
-def test_a_loss_that_ignores_its_stats_has_zero_gradients(batch: HeadBatch) -> None:
+def test_a_sum_over_nothing_has_zero_gradients(batch: HeadBatch) -> None:
+    """What a loss returns for a chunk that holds nothing of interest to it."""
     for budget in (None, 3 * V * 8):
         leaves = batch.leaves()
         loss = fused_losses.linear_loss(
-            leaves.x, leaves.w, leaves.y, lambda stats, rows: torch.tensor(2.0),
+            leaves.x, leaves.w, leaves.y, lambda stats, rows: torch.zeros(()),
             units=torch.zeros(B, T, dtype=torch.int64), workspace_bytes=budget,
         )  # fmt: skip
-        assert loss == 2.0
+        assert loss == 0.0
         assert loss.requires_grad
         loss.backward()
         assert torch.count_nonzero(leaves.x.grad) == 0
         assert torch.count_nonzero(leaves.w.grad) == 0
-
-
-@pytest.mark.parametrize("budget", [None, 3 * V * 8])
-def test_what_the_function_captures_is_constant(budget: int | None, batch: HeadBatch) -> None:
-    scale = torch.tensor(2.0, requires_grad=True)
-    leaves = batch.leaves()
-    loss = fused_losses.linear_loss(
-        leaves.x, leaves.w, leaves.y, lambda stats, rows: (scale * stats.logps).sum(),
-        units=torch.zeros(B, T, dtype=torch.int64), workspace_bytes=budget,
-    )  # fmt: skip
-    loss.backward()
-    assert scale.grad is None
-    assert torch.count_nonzero(leaves.x.grad) > 0
 
 
 def test_without_a_counted_token_the_function_is_not_called(batch: HeadBatch) -> None:

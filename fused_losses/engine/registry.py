@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fused_losses.backends import Objective, RowMaths
+from fused_losses.engine.captured import refuse_captured_by_token_loss
 from fused_losses.token_losses import TOKEN_LOSSES, TokenLoss
 
 _users: WeakValueDictionary[str, TokenLoss] = WeakValueDictionary()
@@ -17,7 +18,7 @@ def loss_key(loss: TokenLoss) -> str:
     """Return the key of a loss; a user's own loss stays known for as long as it lives.
 
     Raises:
-        ValueError: A user's own loss under ``torch.compile``.
+        ValueError: A user's own loss under ``torch.compile``, or one with tensors to be trained.
     """
     if TOKEN_LOSSES.get(loss.name) is loss:
         return loss.name
@@ -27,6 +28,7 @@ def loss_key(loss: TokenLoss) -> str:
             "torch.compile (torch.compiler.disable), or use one of "
             f"{', '.join(map(repr, TOKEN_LOSSES))}"
         )
+    refuse_captured_by_token_loss(loss.name, loss.torch_fn)
     key = f"{loss.name}@{id(loss):x}"
     _users[key] = loss
     return key

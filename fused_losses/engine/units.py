@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from fused_losses.backends import RowMaths, lines
-from fused_losses.engine.chunks import Chunk, add_chunk, chunks_of
+from fused_losses.engine.captured import refuse_captured, refuse_detached
+from fused_losses.engine.chunks import add_chunk, chunks_of
 from fused_losses.engine.gradients import GradientSums
 from fused_losses.engine.handover import scale_saved
 from fused_losses.engine.head import Head
@@ -81,6 +82,8 @@ class UnitChunk:
 
 UnitLoss = Callable[[TokenStats, UnitChunk], Tensor]
 
+_LOSS_FUNCTION = "the loss function (loss_fn, or a TokenLoss's torch_fn)"
+
 
 @dataclass(frozen=True)
 class UnitCall:
@@ -127,10 +130,17 @@ class _UnitSum(torch.autograd.Function):
         )
         sums = GradientSums(over, needs, accum_dtype)
         total = over.rows.new_zeros(())
+        user_autocast = _autocast_of(x.device.type)
         with torch.autocast(x.device.type, enabled=False):
             for chunk, units in zip(chunks_of(over), call.unit_chunks(), strict=True):
                 chunk.row_pass(exponentials=call.plan.exponentials, entropy=call.entropy, top1=True)
-                total += _chunk_loss(chunk, units, call, sums)
+                with user_autocast:
+                    loss, c = call_loss(
+                        call.loss_fn, chunk.rows, units, entropy=call.entropy, gradient=True
+                    )
+                total += loss
+                chunk.differentiate(c)
+                add_chunk(sums, chunk)
         ctx.save_for_backward(x, w, bias, sums.dx, *sums.head_gradients(w, bias))
         ctx.mark_non_differentiable(over.rows)
         ctx.set_materialize_grads(False)
@@ -145,12 +155,14 @@ class _UnitSum(torch.autograd.Function):
         return (*once_differentiable(scaled, [dtotal, x, w, bias]), None, None)
 
 
-def _chunk_loss(chunk: Chunk, units: UnitChunk, call: UnitCall, sums: GradientSums) -> Tensor:
-    """Call the loss function on a chunk, and add the chunk's gradients."""
-    loss, c = call_loss(call.loss_fn, chunk.rows, units, entropy=call.entropy, gradient=True)
-    chunk.differentiate(c)
-    add_chunk(sums, chunk)
-    return loss
+def _autocast_of(device_type: str) -> torch.autocast:
+    """The autocast state of the caller: a loss function sees it, whatever route calls it."""
+    return torch.autocast(
+        device_type,
+        dtype=torch.get_autocast_dtype(device_type),
+        enabled=torch.is_autocast_enabled(device_type),
+        cache_enabled=torch.is_autocast_cache_enabled(),
+    )
 
 
 def call_loss(
@@ -162,22 +174,27 @@ def call_loss(
         The loss, 0-d, and its gradients with respect to logp, lse and entropy, (R,) each.
 
     Raises:
-        ValueError: It returned something else than a 0-d tensor.
+        ValueError: It returned something else than a 0-d tensor, one without a graph, or one that
+            depends on a tensor beside the rows that wants a gradient.
     """
     taken = [lines.LOGP, lines.LSE, *([lines.ENTROPY] if entropy else [])]
     leaves = [rows[line].detach().clone().requires_grad_(gradient) for line in taken]
     stats = TokenStats(
         leaves[0], leaves[1], leaves[2] if entropy else None, rows[lines.TOP1].detach() != 0.0
     )
-    with torch.set_grad_enabled(gradient):
+    # Frozen rows or not, what the function has captured may want a gradient.
+    with torch.set_grad_enabled(gradient or torch.is_grad_enabled()):
         loss = loss_fn(stats, units)
     if not isinstance(loss, Tensor) or loss.dim() != 0:
         got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
         raise ValueError(f"loss_fn must return a 0-d tensor, the sum over its units, got {got}")
-    # A loss may ignore what it is given: no gradient then, not an error.
+    refuse_captured(_LOSS_FUNCTION, loss_fn, [loss], leaves)
+    if gradient:
+        refuse_detached(_LOSS_FUNCTION, loss)
     found: list[Tensor | None] = [None] * len(leaves)
     if loss.requires_grad and gradient:
-        found = list(torch.autograd.grad(loss, leaves, allow_unused=True))
+        with torch.autocast(loss.device.type, enabled=False):
+            found = list(torch.autograd.grad(loss, leaves, allow_unused=True))
     dlogp, dlse, *dentropy = found
     dlogp = torch.zeros_like(leaves[0]) if dlogp is None else dlogp
     c = Coefficients(dlogp, dlse, dentropy=dentropy[0] if dentropy else None)

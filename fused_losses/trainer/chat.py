@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from jinja2 import TemplateError
 
-from fused_losses.trainer.sequences import Scored, UnlearnableError, common_prefix
+from fused_losses.trainer.sequences import Scored, UnlearnableError, common_prefix, scored_from
 
 Messages = list[dict[str, Any]]
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
@@ -94,10 +94,11 @@ class Chat:
 
     def text(self, messages: Messages, *, reply: bool = False) -> str:
         """Write a conversation; ``reply``: up to where the assistant's answer begins."""
+        return self._apply(messages, tokenize=False, add_generation_prompt=reply)
+
+    def _apply(self, messages: Messages, **how: Any) -> Any:
         try:
-            return self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=reply, **self.options
-            )
+            return self.tokenizer.apply_chat_template(messages, **how, **self.options)
         except TemplateError as error:
             raise ValueError(f"the chat template refuses the messages: {error}") from error
 
@@ -118,7 +119,10 @@ class Chat:
         if not answer:
             raise UnlearnableError("is empty; there is nothing to learn from: remove the row")
         text = self.text([*prompt, *answer])
-        return self._scored(text, [(self._start(text, prompt), len(text))])
+        encoded = self._encode(text)
+        return scored_from(
+            list(encoded["input_ids"]), self._token(encoded, text, self._start(text, prompt))
+        )
 
     def assistant(self, messages: Messages) -> Scored:
         """Tokenise a conversation and score what the assistant says in it, each turn to its end.
@@ -138,38 +142,43 @@ class Chat:
                 "scored: remove the row, or score every token with assistant_only_loss=False"
             )
         if self.marks_generation:
-            encoded = self.tokenizer.apply_chat_template(
-                messages,
-                tokenize=True,
-                return_dict=True,
-                return_assistant_tokens_mask=True,
-                **self.options,
+            encoded = self._apply(
+                messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
             )
             mask = [bool(m) for m in encoded["assistant_masks"]]
             return Scored(list(encoded["input_ids"]), mask)
         text = self.text(messages)
-        return self._scored(text, [self._turn(text, messages, i) for i in said])
+        encoded = self._encode(text)
+        mask = [False] * len(encoded["input_ids"])
+        for i in said:
+            first, last = self._turn(encoded, text, messages, i)
+            mask[first:last] = [True] * (last - first)
+        return Scored(list(encoded["input_ids"]), mask)
 
-    def _turn(self, text: str, messages: Messages, i: int) -> tuple[int, int]:
-        """Return where a turn begins and ends in the text of the whole."""
+    def _turn(self, encoded: Any, text: str, messages: Messages, i: int) -> tuple[int, int]:
+        """Return the first token of a turn in the whole, and the one after its last."""
         # A template cannot write a conversation of no messages.
         start = self._start(text, messages[:i]) if i else 0
+        first = self._token(encoded, text, start)
         upto = self.text(messages[: i + 1])
         if text.startswith(upto):
-            return start, len(upto)
-        # Some templates write the last turn otherwise than those before it (they put reasoning
-        # before what is said); what is said and how it is closed are the same.
+            return first, self._token(encoded, text, len(upto))
+        # Some templates write the last turn otherwise than those before it: they put reasoning
+        # before it, or end the text after it. What is said and how it is closed are the same.
         content = messages[i].get("content")
         said = content.strip() if isinstance(content, str) else ""
-        at = start + len(text[start:]) - len(text[start:].lstrip())
-        if said and text.startswith(said, at) and not messages[i].get("tool_calls"):
-            end = at + len(said)
-            found = upto.find(said, start)
-            while found >= 0:
-                closing = upto[found + len(said) :]
-                if text.startswith(closing, end):
-                    return start, end + len(closing)
-                found = upto.find(said, found + 1)
+        after = self._encode(upto)
+        at = upto.find(said, start)
+        while said and at >= 0 and upto[:start] == text[:start]:
+            rest = text[start:].removeprefix(upto[start:at]).lstrip()
+            if rest.startswith(said):
+                ends = len(text) - len(rest) + len(said), at + len(said)
+                here, there = self._token(encoded, text, ends[0]), self._token(after, upto, ends[1])
+                closing = after["input_ids"][there:]
+                shared = common_prefix(encoded["input_ids"][here:], closing)
+                if shared or not closing:
+                    return first, here + shared
+            at = upto.find(said, at + 1)
         raise ValueError(
             f"the chat template does not let message {i} be told from the others: it writes the "
             "conversation up to there otherwise where more follows; mark what the assistant says "
@@ -202,6 +211,14 @@ class Chat:
             marked = self.assistant([*prompt, *answer]) if self.marks_generation else None
         except ValueError:  # A template may refuse a conversation that ends with this role.
             return ()
+        for number, turn in enumerate([*prompt, *answer]):
+            content = turn.get("content")
+            if isinstance(content, str) and content.strip() not in text:
+                found.append(
+                    f"the chat template does not write the content of message {number} as it is; "
+                    "if it leaves it out, it may take content=[{'type': 'text', 'text': ...}] only"
+                )
+                break
         if not text.startswith(asked):
             found.append(
                 "the chat template ends the request for an answer with "
@@ -223,15 +240,6 @@ class Chat:
     def _encode(self, text: str) -> Any:
         # The template writes what begins and ends the sequence.
         return self.tokenizer(text, add_special_tokens=False)
-
-    def _scored(self, text: str, spans: Sequence[tuple[int, int]]) -> Scored:
-        encoded = self._encode(text)
-        ids = list(encoded["input_ids"])
-        mask = [False] * len(ids)
-        for span in spans:
-            first, last = (self._token(encoded, text, at) for at in span)
-            mask[first:last] = [True] * (last - first)
-        return Scored(ids, mask)
 
     def _token(self, encoded: Any, text: str, at: int) -> int:
         """Return the number of the token that holds a character, or the first one after it."""

@@ -43,7 +43,6 @@ class Collator:
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """Collate prepared rows."""
-        packed = "seq_lengths" in rows[0]
         ids = self._sequences(rows, "input_ids", torch.int64)
         labels = self._sequences(rows, "labels", torch.int64)
         for sequence in labels:
@@ -61,11 +60,12 @@ class Collator:
             }
             if ref is not None:
                 batch["ref_logps"] = self._padded(ref, 0)
-        batch["row"] = torch.tensor([row["row"] for row in rows])
-        if packed:
+        if "seq_lengths" in rows[0]:
             batch["row"] = torch.tensor([number for row in rows for number in row["row"]])
             counts = torch.tensor([len(row["seq_lengths"]) for row in rows])
             batch["sample"] = torch.arange(len(rows)).repeat_interleave(counts)
+        else:
+            batch["row"] = torch.tensor([row["row"] for row in rows])
         batch["num_tokens"] = torch.tensor(sum(map(len, ids)))
         return batch
 

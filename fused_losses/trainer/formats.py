@@ -103,7 +103,7 @@ def pair_format(dataset: Dataset, tokenizer: Any, name: str) -> Format:
             sources,
             frozenset({"prompt", "chosen", "rejected", *templated(dataset, "chosen")}),
             "the responses",
-            warn=lambda row: _warnings(tokenizer, row, row.get("prompt"), row["chosen"]),
+            warn=lambda row: _warnings(tokenizer, row, *_asked(row)),
             notes=_repetition("responses") if repeated else (),
         )
     else:
@@ -158,7 +158,7 @@ def _tokens(columns: set[str], choices: Choices, name: str) -> Format:
             return _labelled(ids, row["labels"])
         for name in masks:
             if len(row[name]) != len(ids):
-                raise ValueError(f"has {len(ids)} tokens and a {name} of {len(row[name])}")
+                raise ValueError(f"has {len(ids)} tokens and {len(row[name])} entries of {name}")
         mask = [all(row[name][i] for name in masks) for i in range(len(ids))]
         return Scored(ids, mask).labelled()
 
@@ -295,6 +295,15 @@ def _repeats(dataset: Dataset, columns: tuple[str, ...]) -> bool:
 
 def _repetition(what: str) -> tuple[str, ...]:
     return (f"all {what} begin with the text of their prompt, which is not put before them again",)
+
+
+def _asked(row: dict[str, Any]) -> tuple[Any, Any]:
+    """Return the prompt of a pair and its chosen response."""
+    chosen, rejected = row["chosen"], row["rejected"]
+    if row.get("prompt") is None and is_conversation(chosen) and is_conversation(rejected):
+        shared = common_prefix(chosen, rejected)
+        return chosen[:shared], chosen[shared:]
+    return row.get("prompt"), chosen
 
 
 def _warnings(tokenizer: Any, row: dict[str, Any], prompt: Any, answer: Any) -> tuple[str, ...]:

@@ -147,9 +147,10 @@ def parts(row: Mapping[str, Any], side: str, length: int) -> list[slice]:
 
 
 def _lengths_of(positions: Sequence[int], first: int, last: int) -> list[int]:
-    starts = [i for i in range(first, min(last, len(positions))) if positions[i] == 0]
-    lengths = [b - a for a, b in zip(starts, [*starts[1:], last], strict=True)]
-    if list(positions[first:last]) != [i for n in lengths for i in range(n)]:
+    found = list(positions[first:last])
+    starts = [i for i, position in enumerate(found) if position == 0]
+    lengths = [b - a for a, b in pairwise([*starts, len(found)])]
+    if len(found) < last - first or found != [i for n in lengths for i in range(n)]:
         raise ValueError(
             "has position_ids that do not count up by one from 0 in each sequence, one per token; "
             "other positions are not read: remove the column"

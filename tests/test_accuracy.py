@@ -20,6 +20,7 @@ from torch import Tensor
 
 import fused_losses
 from fused_losses import reference
+from fused_losses.backends import RowMaths, lines, load_backend
 from fused_losses.engine.head import Head
 from fused_losses.plan import forced_route
 
@@ -78,7 +79,8 @@ def test_a_bias_that_cancels_the_product_costs_no_digits_in_bf16(route: str) -> 
     V, D = 40, 16
     draws = []
     for _ in range(10):
-        x, w = torch.randn(6, D).bfloat16(), torch.randn(V, D).bfloat16()
+        x = (torch.randn(1, D) + 0.1 * torch.randn(6, D)).bfloat16()
+        w = torch.randn(V, D).bfloat16()
         draws.append((x, w, -(x[0].double() @ w.double().t()).bfloat16()))
     y = torch.arange(6)
 
@@ -113,7 +115,7 @@ def test_a_softcap_keeps_the_digits_of_small_and_of_saturated_logits(
     exact = [tuple(t.double() for t in leaves) for leaves in draws[::2]]
     for (z,) in exact:
         (got,) = gradient(loss(fused_losses, backend=backend), z)
-        assert pooled([(got, gradient(loss(reference), z)[0])]) <= 2e-14
+        assert pooled([(got, gradient(loss(reference), z)[0])]) <= 2e-13
 
 
 def test_the_slope_of_a_saturated_softcap_does_not_cancel() -> None:
@@ -185,35 +187,36 @@ def test_a_shift_that_moves_far_from_0_takes_the_sums_along(
     assert pooled(found[1::2]) <= 1e-6
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 def test_later_blocks_far_above_the_first_cost_no_digits(
-    backend: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """exp(z - shift) is the less exact the larger it is, and beyond e**11 no number of fp16."""
+    """exp(z - shift) is the less exact the larger it is."""
     use_small_blocks(monkeypatch)
-    y = torch.tensor([0, 1])
-    w = torch.randn(48, 4, generator=torch.Generator().manual_seed(1)).to(dtype)
-    draws = []
-    for _ in range(6):
-        bias = torch.randn(48)
-        bias[20:] += torch.tensor([20.0, 25.0])[torch.randint(2, (28,))]
-        draws.append((torch.randn(2, 4).to(dtype), bias.to(dtype)))
+    y, draws = torch.tensor([0, 1, 2]), []
+    for _ in range(5):
+        z = torch.randn(3, 48)
+        z[:, 20:] += torch.tensor([20.0, 25.0, 27.0])[torch.randint(3, (28,))]
+        draws.append((z,))
+    mine, theirs = compared(
+        lambda z: fused_losses.token_stats(z, y, backend=backend).lse,
+        lambda z: reference.token_stats(z, y).lse,
+        draws,
+    )
+    assert mine <= 2.0 * max(theirs, 2.0**-24)
 
-    def ours(x: Tensor, b: Tensor) -> Tensor:
-        return fused_losses.linear_mle_loss(x, w, y, linear_bias=b.detach(), backend=backend)
 
-    def eager(x: Tensor, b: Tensor) -> Tensor:
-        logits = F.linear(x, w.to(x.dtype), b.detach())
-        return reference.mle_loss(logits, y) + 0.0 * b.sum()
-
-    found = []
-    for x, b in draws:
-        leaf = x.clone().requires_grad_()
-        (got,) = torch.autograd.grad(ours(leaf, b), leaf)
-        truth = gradient(eager, x.double(), b.double())[0]
-        found.append((got, gradient(eager, x, b)[0], truth))
-    mine, theirs = pooled((a, t) for a, _, t in found), pooled((b, t) for _, b, t in found)
-    assert mine <= 2.0 * max(theirs, torch.finfo(dtype).eps / 2)
+def test_nor_do_exponentials_overflow_fp16(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_small_blocks(monkeypatch)
+    z = torch.randn(2, 48).half()
+    z[:, 30:] += 25.0
+    y, rows = torch.tensor([0, 40]), torch.empty(lines.LINES, 2)
+    e = torch.full_like(z, torch.nan)
+    load_backend(backend).row_pass(
+        z, y, rows, maths=RowMaths(), ignore_index=-100, exponentials=e, overwrite=False
+    )
+    p = z.double().softmax(1)
+    p[[0, 1], y] -= 1.0
+    assert pooled([(e / rows[lines.SUM][:, None], p)]) <= 2.0**-10
 
 
 # A single number

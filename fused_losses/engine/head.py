@@ -77,7 +77,9 @@ class HeadGradient:
         else:
             dtype = torch.promote_types(compute, accum_dtype)
         make = torch.zeros_like if blocks == 0 else torch.empty_like
-        self.dw = make(head.weight, dtype=dtype) if need_dw else None
+        # Contiguous, as the fakes of the operators promise, whatever the weight is.
+        form = torch.contiguous_format
+        self.dw = make(head.weight, dtype=dtype, memory_format=form) if need_dw else None
         self.db = head.weight.new_zeros(head.vocabulary, dtype=wide) if need_db else None
         self._begun: set[int] = set()
 

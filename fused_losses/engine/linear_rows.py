@@ -131,7 +131,7 @@ def _(x, w, bias, y, rows, kept_dx, value, changing, dloss, drows, loss, options
         torch.empty_like(t, memory_format=torch.contiguous_format) if need else None
         for t, need in zip((x, w, bias), needs, strict=True)
     )
-    dvalue = None if value is None else torch.empty_like(value)
+    dvalue = None if value is None else value.new_empty(y.shape)
     return tuple(or_empty(t, rows) for t in (*gradients, dvalue))
 
 

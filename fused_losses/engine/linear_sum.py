@@ -137,7 +137,7 @@ def _(x, w, bias, y, ref, value, token_weight, factor, changing, loss, options, 
         torch.empty_like(t, dtype=waiting, memory_format=torch.contiguous_format) if need else None
         for t, need in zip((x, w, bias), needs, strict=True)
     )
-    dvalue = None if value is None else torch.empty_like(value)
+    dvalue = None if value is None else value.new_empty(y.shape)
     return rows.new_empty(()), rows, *(or_empty(t, rows) for t in (*gradients, dvalue))
 
 

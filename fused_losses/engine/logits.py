@@ -94,7 +94,7 @@ def logits_gradient(
 def _(z, y, rows, value, changing, dloss, drows, loss, options, ignore_index, entropy, backend,
       need_dz):  # fmt: skip
     dz = z.new_empty(z.shape if need_dz else (0,))
-    return dz, rows.new_empty(0) if value is None else torch.empty_like(value)
+    return dz, rows.new_empty(0) if value is None else value.new_empty(y.shape)
 
 
 def _write(

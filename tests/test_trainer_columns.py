@@ -284,8 +284,8 @@ def test_a_processor_reads_text_with_its_tokenizer():
 @pytest.mark.parametrize(
     ("turns", "said"),
     [
-        ([ASK, ANSWER | {"weight": 0}], "message 1 has weight=0, which is not read"),
-        ([ASK | {"train": False}, ANSWER], "message 0 has train=False"),
+        ([ASK, ANSWER | {"weight": 0}], "role 'assistant' has weight=0, which is not read"),
+        ([ASK, ANSWER | {"train": False}, ASK, ANSWER], "role 'assistant' has train=False"),
         (
             [
                 {"role": "user", "content": [{"type": "image"}]},
@@ -299,6 +299,18 @@ def test_a_processor_reads_text_with_its_tokenizer():
 def test_messages_that_ask_for_what_is_not_done_are_refused(turns, said):
     with pytest.raises(ValueError, match=f"row 0, column 'messages': .*{said}"):
         prepare([{"messages": turns}])
+
+
+def test_a_message_that_is_not_scored_anyway_may_say_so():
+    rows = [{"messages": [ASK | {"weight": 0}, ANSWER | {"weight": 1}]}]
+    assert scored(prepare(rows)[0]) == "r;"
+    with pytest.raises(ValueError, match="role 'user' has weight=0"):
+        prepare(rows, assistant_only_loss=False)
+
+
+def test_tools_that_the_template_does_not_write_are_refused():
+    with pytest.raises(ValueError, match="the chat template does not write any"):
+        prepare([{"messages": [ASK, ANSWER], "tools": TOOLS}])
 
 
 @pytest.mark.parametrize(

@@ -60,19 +60,27 @@ class Chat:
         tools = _plain(row, "tools", list)
         # Some templates write that there are tools where the list is empty.
         self.options = {"tools": tools or None, **(_plain(row, "chat_template_kwargs", dict) or {})}
+        if tools and "tools" not in self._template:
+            raise ValueError(
+                "there are tools, and the chat template does not write any; use a template that "
+                "does, or remove the column tools"
+            )
 
     @property
     def marks_generation(self) -> bool:
         """Whether the template says what the assistant writes: ``{% generation %}``."""
-        template = self.options.get("chat_template")
-        found = self.tokenizer.get_chat_template(template, self.options["tools"])
-        return _GENERATION.search(found) is not None
+        return _GENERATION.search(self._template) is not None
+
+    @property
+    def _template(self) -> str:
+        template, tools = self.options.get("chat_template"), self.options["tools"]
+        return self.tokenizer.get_chat_template(template, tools)
 
     def read(self, messages: Any) -> Messages:
         """Return messages as the template gets them.
 
         Raises:
-            ValueError: They hold what a text does not show, or are told apart in training.
+            ValueError: They hold what a text does not show.
         """
         turns = without_none(messages)
         for number, turn in enumerate(turns):
@@ -83,13 +91,6 @@ class Chat:
                     f"message {number} holds content of type {', '.join(map(str, sorted(kinds)))}; "
                     "these trainers read text alone"
                 )
-            for key in ("weight", "train"):
-                if key in turn and turn[key] != 1:
-                    raise ValueError(
-                        f"message {number} has {key}={turn[key]!r}, which is not read: which "
-                        "messages are scored is told by the chat template's generation marks, or "
-                        "by prompt and completion columns"
-                    )
         return turns
 
     def text(self, messages: Messages, *, reply: bool = False) -> str:
@@ -104,6 +105,7 @@ class Chat:
 
     def whole(self, messages: Messages) -> Scored:
         """Tokenise a conversation and score all of it."""
+        _all_count(messages)
         ids = self._encode(self.text(messages))["input_ids"]
         return Scored(ids, [True] * len(ids))
 
@@ -118,6 +120,7 @@ class Chat:
         """
         if not answer:
             raise UnlearnableError("is empty; there is nothing to learn from: remove the row")
+        _all_count(answer)
         text = self.text([*prompt, *answer])
         encoded = self._encode(text)
         return scored_from(
@@ -141,6 +144,7 @@ class Chat:
                 f"has no message of the role 'assistant' (roles: {roles}), whose turns are "
                 "scored: remove the row, or score every token with assistant_only_loss=False"
             )
+        _all_count([messages[i] for i in said])
         if self.marks_generation:
             encoded = self._apply(
                 messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
@@ -248,6 +252,18 @@ class Chat:
             return common_prefix(self._encode(text[:at])["input_ids"], ids)
         found = (encoded.char_to_token(i) for i in range(at, len(text)))
         return next((token for token in found if token is not None), len(ids))
+
+
+def _all_count(turns: Messages) -> None:
+    """Refuse a message that is scored and asks not to be."""
+    for turn in turns:
+        for key in ("weight", "train"):
+            if turn.get(key, 1) != 1:
+                raise ValueError(
+                    f"a message of the role {turn.get('role')!r} has {key}={turn[key]!r}, which is "
+                    "not read, and would be scored: mark what is scored with {% generation %} in "
+                    "the template, or give prompt and completion columns"
+                )
 
 
 def _plain(row: Mapping[str, Any], column: str, kind: type) -> Any:

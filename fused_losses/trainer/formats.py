@@ -209,7 +209,9 @@ def _messages(tokenizer: Any, choices: Choices) -> Format:
             raise ValueError("must be a list of messages, {'role': ..., 'content': ...}")
         chat = Chat(tokenizer, row)
         turns = chat.read(turns)
-        found = chat.completion(turns[:-1], turns[-1:]) if only else chat.whole(turns)
+        if not only:
+            return (chat.assistant(turns) if assistant else chat.whole(turns)).labelled()
+        found = chat.completion(turns[:-1], turns[-1:])
         return (found.within(chat.assistant(turns)) if assistant else found).labelled()
 
     words = ["the last message"] if only else []

@@ -287,8 +287,8 @@ def test_what_is_not_served_is_refused_by_name(tokenizer, tmp_path):
 
     with pytest.raises(ValueError, match=r"loss must be one of 'mle'.* got 'chi2'"):
         sft({}, loss="chi2")
-    with pytest.raises(ValueError, match="loss_type='dft' is TRL's own"):
-        sft(dict(loss_type="dft"))
+    with pytest.raises(ValueError, match="loss_type='dft' would replace loss='pearson'"):
+        sft(dict(loss_type="dft"), loss="pearson")
     with pytest.raises(ValueError, match="label_smoothing_factor would replace loss='pearson'"):
         sft(dict(label_smoothing_factor=0.1), loss="pearson")
     trainer = sft({}, loss="pearson")

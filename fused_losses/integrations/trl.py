@@ -10,15 +10,25 @@ with a trained head, 4 with a frozen one, where TRL's recomputation takes 8 and 
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-import trl
+import transformers
+from datasets.fingerprint import Hasher
 from torch import Tensor
 
 import fused_losses
 from fused_losses.integrations.lm_head import fuse_lm_head
+from fused_losses.integrations.trl_checks import (
+    arguments_of,
+    check_dpo,
+    check_sft,
+    one_pair_loss,
+    pair_loss_options,
+    token_loss_of,
+)
 from fused_losses.integrations.trl_head import (
     Answer,
     AnsweredModel,
@@ -26,6 +36,7 @@ from fused_losses.integrations.trl_head import (
     ask_stats,
     lengthened,
     mean_logits,
+    trl,
 )
 from fused_losses.integrations.trl_references import COLUMN, ReferenceCollator, add_ref_logps
 
@@ -37,7 +48,13 @@ class SFTTrainer(trl.SFTTrainer):
 
     A loss that compares with a reference takes it from the dataset's column ``ref_logps``, or
     computes it before training with the model as it is then (PEFT: with the adapters off). Beside
-    TRL's metrics it logs ``rewards/implicit``, the mean of r (5) over the counted tokens.
+    TRL's metrics it logs ``rewards/implicit``, the mean of r (5) over the counted tokens of a log's
+    steps and of all processes.
+
+    With ``mle``, loss, gradients and metrics are TRL's; ``loss_type="dft"``,
+    ``label_smoothing_factor`` and ``compute_loss_func`` are TRL's own formulas on this engine's
+    log-probs. Other losses leave out the first token under prompt tuning, which the reference,
+    without the prompt, cannot predict.
 
     Args:
         *args: As TRL's.
@@ -48,11 +65,11 @@ class SFTTrainer(trl.SFTTrainer):
         **kwargs: As TRL's.
 
     Raises:
-        ValueError: An unknown loss; what TRL computes from logits or in its own way beside a loss
-            other than ``mle``: ``loss_type="dft"``, ``label_smoothing_factor``,
-            ``compute_loss_func``; a streaming dataset without ``ref_logps``.
-        NotImplementedError: ``use_liger_kernel``; context or sequence parallelism, at the first
-            step.
+        ValueError: An unknown loss, or an option out of its range; ``loss_type="dft"``,
+            ``label_smoothing_factor`` or ``compute_loss_func`` beside a loss other than ``mle``; a
+            stream, or packed rows with ``ref_logps`` of their own, beside a loss with a reference.
+        NotImplementedError: Images beside a loss with a reference; context or sequence parallelism,
+            at the first step.
     """
 
     data_collator: Any
@@ -68,31 +85,18 @@ class SFTTrainer(trl.SFTTrainer):
         max_weight: float = 4.0,
         **kwargs: Any,
     ) -> None:
-        if isinstance(loss, str) and loss not in fused_losses.TOKEN_LOSSES:
-            choices = ", ".join(map(repr, fused_losses.TOKEN_LOSSES))
-            raise ValueError(f"loss must be one of {choices} or a TokenLoss, got {loss!r}")
-        super().__init__(*args, **kwargs)
-        self.token_loss = fused_losses.TOKEN_LOSSES[loss] if isinstance(loss, str) else loss
+        self.token_loss = token_loss_of(loss)
         self.token_loss_options = {"beta": beta, "value": value, "max_weight": max_weight}
-        self._refuse_unserved()
+        given = arguments_of(trl.SFTTrainer, args, kwargs)
+        check_sft(given, self.token_loss, self.token_loss_options)
+        super().__init__(*args, **kwargs)
         fuse_lm_head(self.model)
+        # Log-ratios and tokens since the last log.
+        self._ratios = {"train": [0.0, 0.0], "eval": [0.0, 0.0]}
         if self.token_loss.uses_reference:
             self.data_collator = ReferenceCollator(self.data_collator)
             self.train_dataset = self.add_ref_logps(self.train_dataset)
             self.eval_dataset = self.add_ref_logps(self.eval_dataset)
-
-    def _refuse_unserved(self) -> None:
-        _refuse_liger(self.args)
-        if self.args.loss_type == "dft":
-            raise ValueError("loss_type='dft' is TRL's own loss: use trl.SFTTrainer for it")
-        if self.token_loss.name == "mle":
-            return
-        for name, given in (
-            ("label_smoothing_factor", self.label_smoother),
-            ("compute_loss_func", self.compute_loss_func),
-        ):
-            if given is not None:
-                raise ValueError(f"{name} would replace loss={self.token_loss.name!r}: drop it")
 
     def add_ref_logps(self, dataset: Any) -> Any:
         """Add ``ref_logps`` of the model as it is now to a prepared dataset, or to several.
@@ -125,7 +129,11 @@ class SFTTrainer(trl.SFTTrainer):
         num_items_in_batch: Any = None,
     ) -> Any:
         """TRL's, on a model that answers with this trainer's loss."""
+        if self.args.loss_type == "dft":
+            head = AnsweredModel(model, functools.partial(ask_stats, means=False))
+            return super().compute_loss(head, inputs, return_outputs, num_items_in_batch)
         ref = inputs.get(COLUMN) if self.token_loss.uses_reference else None
+        seen: list[tuple[Tensor, Tensor, Tensor]] = []
 
         def ask(hidden: Tensor, weight: Tensor, labels: Tensor, options: dict[str, Any]) -> Answer:
             nonlocal ref
@@ -142,27 +150,41 @@ class SFTTrainer(trl.SFTTrainer):
                 **self.token_loss_options,
                 **options,
             )
+            if ref is not None:
+                seen.append((stats.logps, ref, labels))
             # TRL's loss is -log_probs.sum() / items: one entry carries the sum and its gradient.
             B, T = labels.shape
             total = F.pad(-loss.view(1, 1), (1, max(T, 2) - 2, 0, B - 1))
-            return Answer(total, stats.entropy, stats.is_top1, kept=stats.logps)
+            return Answer(total, stats.entropy, stats.is_top1)
 
-        head = AnsweredModel(model, ask, drop=(COLUMN,))
-        result = super().compute_loss(
-            head, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
-        )
-        if ref is not None:
-            self._log_implicit_reward(head.kept, ref, inputs["labels"])
+        head = AnsweredModel(model, ask, drop=(COLUMN,), scores_first=ref is None)
+        result = super().compute_loss(head, inputs, return_outputs, num_items_in_batch)
+        for logps, references, labels in seen:
+            self._add_ratios(logps, references, labels)
         return result
 
-    def _log_implicit_reward(self, logps: Tensor, ref: Tensor, labels: Tensor) -> None:
-        counted = lengthened(labels, logps.shape[1], -100)[:, 1:] != -100
+    def _add_ratios(self, logps: Tensor, ref: Tensor, labels: Tensor) -> None:
+        counted = labels[:, 1:] != -100
         ratio = (logps - ref)[:, 1:][counted].sum()
-        sums = torch.stack([ratio, counted.sum().to(ratio.dtype)])
-        ratio, count = self.accelerator.gather_for_metrics(sums[None]).sum(0)
-        mean = (ratio / count.clamp(min=1.0)).item()
-        reward = self.token_loss_options["beta"] * mean + self.token_loss_options["value"]
-        self._metrics["train" if self.model.training else "eval"]["rewards/implicit"].append(reward)
+        found = torch.stack([ratio, counted.sum().to(ratio.dtype)]).tolist()
+        kept = self._ratios[self._mode]
+        kept[:] = [old + new for old, new in zip(kept, found, strict=True)]
+
+    @property
+    def _mode(self) -> str:
+        return "train" if self.model.training else "eval"
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """TRL's, with the mean implicit reward of the tokens since the last log."""
+        if self.token_loss.uses_reference:
+            mine = torch.tensor(self._ratios[self._mode], device=self.accelerator.device)
+            self._ratios[self._mode] = [0.0, 0.0]
+            # Every process asks, whether or not it had a batch.
+            ratio, count = self.accelerator.reduce(mine, "sum").tolist()
+            if count:
+                beta, value = (self.token_loss_options[name] for name in ("beta", "value"))
+                self._metrics[self._mode]["rewards/implicit"] = [beta * ratio / count + value]
+        super().log(logs, start_time)
 
 
 class DPOTrainer(trl.DPOTrainer):
@@ -170,38 +192,46 @@ class DPOTrainer(trl.DPOTrainer):
 
     One loss of ``linear_dpo_loss`` runs within one pass (6 N D V FLOPs), against references per
     token. Several losses, and those that only TRL has, are TRL's own formulas on log-probs of this
-    engine (8). ``label_smoothing`` also holds for ``sigmoid``, where TRL ignores it.
+    engine (8). Policy and reference take the same path in the same precision, so that rewards start
+    at 0. Loss, gradients and metrics are TRL's but for:
+
+    - ``label_smoothing`` also holds for ``sigmoid`` where it is the only loss; TRL ignores it.
+    - ``ipo`` and ``sigmoid_norm`` divide by the tokens that are predicted. TRL also counts a first
+      token that nothing predicts: of an empty prompt, or of a response that ``keep_end`` cut.
+    - The reference runs in evaluation mode, whatever ``disable_dropout`` says.
+    - Precomputed references are cached under a name that also says precision, truncation, attention
+      and versions.
 
     Args:
         *args: As TRL's.
         **kwargs: As TRL's.
 
     Raises:
-        NotImplementedError: ``use_liger_kernel``; ``use_weighting``, which needs all probabilities;
-            context or sequence parallelism, at the first step.
+        ValueError: An option out of its range.
+        NotImplementedError: ``use_weighting``, which needs all probabilities; context or sequence
+            parallelism, at the first step.
     """
 
     precompute_ref_logps: Any
+    _precompute_model_hash: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        check_dpo(arguments_of(trl.DPOTrainer, args, kwargs))
         super().__init__(*args, **kwargs)
-        _refuse_liger(self.args)
-        if self.use_weighting:
-            raise NotImplementedError("use_weighting (WPO) needs trl.DPOTrainer's own head")
         fuse_lm_head(self.model)
 
     @property
     def _pair_loss(self) -> Any:
-        """The one loss of this library that the configuration names, or None."""
-        standard = self.f_divergence_type == "reverse_kl" and self.ld_alpha is None
-        if not standard or len(self.loss_types) != 1:
-            return None
-        return fused_losses.preference.PAIR_LOSSES.get(self.loss_types[0])
+        return one_pair_loss(self.loss_types, self.f_divergence_type, self.ld_alpha)
+
+    def _pair_loss_options(self) -> dict[str, Any]:
+        return pair_loss_options(
+            self.loss_types[0], self.beta, self.label_smoothing, self.args.discopop_tau
+        )
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
-        if self._pair_loss is None:
-            return super()._compute_loss(AnsweredModel(model, ask_stats), inputs, return_outputs)
         inputs, ref = self._with_reference(inputs)
+        pair_loss = self._pair_loss
 
         def ask(hidden: Tensor, weight: Tensor, labels: Tensor, options: dict[str, Any]) -> Answer:
             loss, stats = fused_losses.with_stats(
@@ -217,13 +247,15 @@ class DPOTrainer(trl.DPOTrainer):
             means = mean_logits(hidden, weight, **options)
             return Answer(stats.logps, stats.entropy, stats.is_top1, means, loss)
 
-        head = AnsweredModel(model, ask)
+        head = AnsweredModel(model, ask_stats if pair_loss is None else ask, scores_first=False)
         precomputed, self.precompute_ref_logps = self.precompute_ref_logps, True
         try:
-            # TRL's metrics, and a loss of the same value without gradients.
+            # TRL's metrics; of one pair loss, a loss of the same value without gradients.
             result = super()._compute_loss(head, inputs, return_outputs)
         finally:
             self.precompute_ref_logps = precomputed
+        if pair_loss is None:
+            return result
         loss = self.loss_weights[0] * head.kept
         if self.aux_loss_enabled:
             loss = loss + self.router_aux_loss_coef * head.aux_loss
@@ -231,12 +263,15 @@ class DPOTrainer(trl.DPOTrainer):
 
     def _with_reference(self, inputs: dict[str, Any]) -> tuple[dict[str, Any], Tensor]:
         """Inputs with the references that TRL reads, and those of the loss."""
+        mask = inputs["completion_mask"].clone()
+        mask[:, 0] = 0  # nothing predicts the first token
+        inputs = {**inputs, "completion_mask": mask}
         if self.precompute_ref_logps:
             sums = [inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]]
             return inputs, torch.cat(sums).float()
         model = self.model if self.ref_model is None else self.ref_model
         (chosen, rejected), ref = self._reference(model, inputs)
-        ref = lengthened(ref, inputs["input_ids"].shape[1], 0.0)
+        ref = lengthened(ref, mask.shape[1], 0.0)
         return {**inputs, "ref_chosen_logps": chosen, "ref_rejected_logps": rejected}, ref
 
     def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> Any:
@@ -245,22 +280,28 @@ class DPOTrainer(trl.DPOTrainer):
 
     def _reference(self, model: Any, inputs: dict[str, Any]) -> tuple[Any, Tensor]:
         """Sums per response and log-probs per token; TRL's code switches the adapters."""
-        fuse_lm_head(self.accelerator.unwrap_model(model))
-        head = AnsweredModel(model, ask_logps)
-        return super().compute_ref_log_probs(head, inputs), head.kept
+        plain = self.accelerator.unwrap_model(model, keep_torch_compile=False)
+        fuse_lm_head(plain)
+        head = AnsweredModel(model, ask_logps, scores_first=False)
+        training = plain.training
+        plain.eval()
+        try:
+            return super().compute_ref_log_probs(head, inputs), head.kept
+        finally:
+            plain.train(training)
 
-    def _pair_loss_options(self) -> dict[str, Any]:
-        options = {"beta": self.beta, "loss_type": self.loss_types[0]}
-        if self._pair_loss.smoothing_below > 0.0:
-            options["label_smoothing"] = self.label_smoothing
-        if "discopop_tau" in getattr(self._pair_loss, "takes", ()):
-            options["discopop_tau"] = self.args.discopop_tau
-        return options
-
-
-def _refuse_liger(args: Any) -> None:
-    if args.use_liger_kernel:
-        raise NotImplementedError(
-            "use_liger_kernel replaces model.forward when training starts, and with it the fused "
-            "head: set use_liger_kernel=False"
-        )
+    def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
+        # TRL's cache goes by weights and data alone.
+        weights = self._precompute_model_hash
+        path = [
+            self.data_collator,
+            self.accelerator.mixed_precision,
+            self.ld_alpha,
+            self.model.config._attn_implementation,
+            [m.__version__ for m in (fused_losses, torch, transformers)],
+        ]
+        self._precompute_model_hash = Hasher.hash([weights, *path])
+        try:
+            return super()._precompute_ref_logps(dataset, name, batch_size)
+        finally:
+            self._precompute_model_hash = weights

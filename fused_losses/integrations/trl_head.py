@@ -13,9 +13,22 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from trl.trainer.utils import FusedCausalLMOutput
 
 import fused_losses
+
+try:
+    import trl as trl  # for the other modules: after this check
+except ImportError as error:
+    raise ImportError(
+        "fused_losses.integrations.trl needs TRL: pip install 'fused-losses[trl]'"
+    ) from error
+try:
+    from trl.trainer.utils import FusedCausalLMOutput
+except ImportError as error:
+    raise ImportError(
+        f"fused_losses.integrations.trl needs TRL 1.16 or newer, found {trl.__version__}: "
+        "pip install -U 'trl>=1.16'"
+    ) from error
 
 
 class Answer(NamedTuple):
@@ -39,12 +52,17 @@ class AnsweredModel:
         model: A model whose head is fused, wrapped by the trainer or not.
         ask: Computes the answer inside the model's forward.
         drop: Names of inputs that are for ``ask``, not for the model.
+        scores_first: Whether a sequence's first token counts where virtual tokens of prompt
+            learning predict it. A reference, without them, does not predict it.
     """
 
-    def __init__(self, model: Any, ask: Ask, drop: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, model: Any, ask: Ask, drop: tuple[str, ...] = (), *, scores_first: bool = True
+    ) -> None:
         self.model = model
         self.ask = ask
         self.drop = drop
+        self.scores_first = scores_first
         self.kept: Any = None
         self.aux_loss: Tensor | None = None
 
@@ -63,6 +81,9 @@ class AnsweredModel:
 
         def run(hidden: Tensor, weight: Tensor, **options: Any) -> Answer:
             target = lengthened(labels.to(hidden.device), hidden.shape[1], -100)
+            virtual = hidden.shape[1] - labels.shape[1]
+            if virtual > 0 and not self.scores_first:
+                target[:, virtual] = -100
             counted.append(target[:, 1:] != -100)
             return self.ask(hidden, weight, target, options)
 
@@ -84,13 +105,15 @@ def lengthened(t: Tensor, T: int, value: float) -> Tensor:
     return F.pad(t, (T - t.shape[1], 0), value=value) if t.shape[1] < T else t
 
 
-def ask_stats(hidden: Tensor, weight: Tensor, labels: Tensor, options: dict[str, Any]) -> Answer:
+def ask_stats(
+    hidden: Tensor, weight: Tensor, labels: Tensor, options: dict[str, Any], *, means: bool = True
+) -> Answer:
     """Per-token log-probs that carry gradients, whatever is made of them (8 N D V)."""
     stats = fused_losses.linear_token_stats(
         hidden, weight, labels, shift=True, entropy=True, **options
     )
-    means = mean_logits(hidden, weight, **options)
-    return Answer(stats.logps, stats.entropy, stats.is_top1, means)
+    mean = mean_logits(hidden, weight, **options) if means else None
+    return Answer(stats.logps, stats.entropy, stats.is_top1, mean)
 
 
 def ask_logps(hidden: Tensor, weight: Tensor, labels: Tensor, options: dict[str, Any]) -> Answer:

@@ -6,7 +6,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny_training import dpo_config, history, llama, pair_rows, sft_config, sft_rows
+from datasets import Dataset
+from tiny_training import (
+    dpo_config,
+    history,
+    llama,
+    pair_rows,
+    sft_config,
+    sft_rows,
+    tokenizer,
+)
 
 from fused_losses.trainer import DPOTrainer, SFTTrainer
 from fused_losses.trainer.base import _without_repeats
@@ -64,8 +73,6 @@ def test_packed_rows_hold_whole_sequences_with_their_references(tmp_path):
 
 def test_sequences_go_together_as_trls_best_fit_puts_them():
     trl = pytest.importorskip("trl")
-    from datasets import Dataset
-
     from fused_losses.trainer.packing import pack
 
     g = torch.Generator().manual_seed(3)
@@ -76,6 +83,49 @@ def test_sequences_go_together_as_trls_best_fit_puts_them():
     expected = trl.pack_dataset(Dataset.from_dict({"input_ids": ids, "labels": ids}), 40, "bfd")
     for column in ("input_ids", "labels", "seq_lengths"):
         assert packed[column][:] == expected[column][:]
+
+
+MARKED = (
+    "{% for m in messages %}<{{ m['role'][0] }}>{% if m['role'] == 'assistant' %}"
+    "{% generation %}{{ m['content'] }};{% endgeneration %}{% else %}{{ m['content'] }};"
+    "{% endif %}{% endfor %}"
+)
+
+
+def talks(i):
+    turns = [("user", "q" * (1 + i % 4)), ("assistant", "xy" * (1 + i % 5))]
+    return {"messages": [{"role": role, "content": text} for role, text in (*turns, *turns)]}
+
+
+@pytest.mark.parametrize(
+    ("options", "row"),
+    [
+        (PACKED, lambda i: {"prompt": "q" * (1 + i % 4), "completion": "xy" * (1 + i % 5)}),
+        ({"assistant_only_loss": True, "packing": True, "max_length": 40}, talks),
+        ({"assistant_only_loss": True, "pad_to_multiple_of": 16}, talks),
+        (
+            {"dataset_text_field": "body", "padding_free": False},
+            lambda i: {"body": "xyz" * (i + 1)},
+        ),
+    ],
+    ids=["packing", "assistant, packing", "assistant, multiple", "text field"],
+)
+def test_five_steps_equal_plain_trls_under_the_same_options(tmp_path, options, row):
+    trl = pytest.importorskip("trl")
+    words, rows = tokenizer(), Dataset.from_list([row(i) for i in range(12)])
+    words.chat_template = MARKED
+    options = options | {"max_steps": 5, "per_device_train_batch_size": 3, "learning_rate": 1e-2}
+    options |= {"logging_steps": 1, "save_strategy": "no", "report_to": "none", "use_cpu": True}
+    theirs = trl.SFTConfig(str(tmp_path), bf16=False, gradient_checkpointing=False, **options)
+    plain = trl.SFTTrainer(llama(), theirs, None, rows, processing_class=words)
+    ours = sft_config(tmp_path, precompute_ref_log_probs=False, **options)
+    trainer = SFTTrainer(llama(), ours, rows, None, words)
+    logged = []
+    for made in (plain, trainer):
+        made.train()
+        logged.append(history(made, "loss", "grad_norm", "num_tokens", "entropy"))
+    for a, b in zip(*logged, strict=True):
+        assert b == pytest.approx(a, rel=2e-5)
 
 
 def test_evaluation_on_several_processes_counts_no_packed_row_twice():

@@ -16,13 +16,19 @@ from fused_losses.trainer.columns import (
     not_text,
     templated,
 )
+from fused_losses.trainer.prompts import (
+    after_common_prefix,
+    all_repeat,
+    asked_and_chosen,
+    continued,
+    repetition,
+    warnings_of,
+)
 from fused_losses.trainer.sequences import (
     SIDES,
     Labelled,
     Scored,
     UnlearnableError,
-    common_prefix,
-    encode_continuation,
     encode_text,
     scored_from,
 )
@@ -90,12 +96,12 @@ def pair_format(dataset: Dataset, tokenizer: Any, name: str) -> Format:
         sources = {side: f"{side}ids" for side in SIDES}
         made = Format(tokens, sources, frozenset(used), "the responses")
     elif {"chosen", "rejected"} <= columns:
-        repeated = "prompt" in columns and _repeats(dataset, ("chosen", "rejected"))
+        repeated = "prompt" in columns and all_repeat(dataset, ("chosen", "rejected"))
 
         def read(row: dict[str, Any], side: str) -> Labelled:
             if row.get("prompt") is None:
-                return _after_common_prefix(tokenizer, row, side).labelled()
-            found = _continue(tokenizer, row, row["prompt"], row[side[:-1]], repeated)
+                return after_common_prefix(tokenizer, row, side).labelled()
+            found = continued(tokenizer, row, row["prompt"], row[side[:-1]], repeated)
             return found.labelled()
 
         made = Format(
@@ -103,8 +109,8 @@ def pair_format(dataset: Dataset, tokenizer: Any, name: str) -> Format:
             sources,
             frozenset({"prompt", "chosen", "rejected", *templated(dataset, "chosen")}),
             "the responses",
-            warn=lambda row: _warnings(tokenizer, row, *_asked(row)),
-            notes=_repetition("responses") if repeated else (),
+            warn=lambda row: warnings_of(tokenizer, row, *asked_and_chosen(row)),
+            notes=repetition("responses") if repeated else (),
         )
     else:
         raise ValueError(
@@ -170,13 +176,13 @@ def _tokens(columns: set[str], choices: Choices, name: str) -> Format:
 
 def _prompted(dataset: Dataset, tokenizer: Any, choices: Choices) -> Format:
     only, assistant = choices.completion_only_loss is not False, bool(choices.assistant_only_loss)
-    repeated = _repeats(dataset, ("completion",))
+    repeated = all_repeat(dataset, ("completion",))
 
     def read(row: dict[str, Any], side: str) -> Labelled:
         prompt, completion = row["prompt"], row["completion"]
         if assistant and not is_conversation(completion):
             raise ValueError("assistant_only_loss=True needs messages, got a text")
-        found = _continue(tokenizer, row, prompt, completion, repeated)
+        found = continued(tokenizer, row, prompt, completion, repeated)
         if not only:
             found = Scored(found.ids, [True] * len(found.ids))
         if assistant:
@@ -193,8 +199,8 @@ def _prompted(dataset: Dataset, tokenizer: Any, choices: Choices) -> Format:
         {"": "completion"},
         frozenset({"prompt", "completion", *templated(dataset, "completion")}),
         "of these, ".join(words) or "every token",
-        warn=lambda row: _warnings(tokenizer, row, row["prompt"], row["completion"]),
-        notes=_repetition("completions") if repeated else (),
+        warn=lambda row: warnings_of(tokenizer, row, row["prompt"], row["completion"]),
+        notes=repetition("completions") if repeated else (),
     )
 
 
@@ -222,7 +228,7 @@ def _messages(tokenizer: Any, choices: Choices) -> Format:
         frozenset({"messages", *FOR_TEMPLATE}),
         "of these, ".join(words) or "every token",
         by_default,
-        warn=lambda row: _warnings(tokenizer, row, row["messages"][:-1], row["messages"][-1:]),
+        warn=lambda row: warnings_of(tokenizer, row, row["messages"][:-1], row["messages"][-1:]),
     )
 
 
@@ -234,86 +240,6 @@ def _text(tokenizer: Any, choices: Choices, name: str) -> Format:
         return _whole_text(tokenizer, row[column], "must be a text")
 
     return Format(read, {"": column}, frozenset({column}), "every token")
-
-
-def _continue(
-    tokenizer: Any, row: dict[str, Any], prompt: Any, answer: Any, repeated: bool
-) -> Scored:
-    """Tokenise a prompt and what follows it, text or messages, and score what follows.
-
-    Raises:
-        UnlearnableError: Nothing follows.
-        ValueError: One is text and the other messages, or the template tells them not apart.
-    """
-    if is_conversation(prompt) and is_conversation(answer):
-        chat = Chat(tokenizer, row)
-        asked = chat.read(prompt)
-        return chat.completion(asked, without_prompt(asked, chat.read(answer)))
-    if isinstance(prompt, str) and isinstance(answer, str):
-        return encode_continuation(tokenizer, prompt, answer[len(prompt) if repeated else 0 :])
-    if isinstance(answer, list) and not answer:
-        raise UnlearnableError("is empty; there is nothing to learn from: remove the row")
-    cure = "give both in one kind"
-    if isinstance(prompt, str) and is_conversation(answer):
-        cure = "write the prompt as [{'role': 'user', 'content': prompt}]"
-        if answer[0].get("content") == prompt:
-            cure = "remove the column prompt, which the messages begin with"
-    elif is_conversation(prompt) and isinstance(answer, str):
-        cure = "write it as [{'role': 'assistant', 'content': text}]"
-    raise ValueError(
-        "must be of the prompt's kind, both text or both lists of messages, got "
-        f"{type(answer).__name__} after a prompt of type {type(prompt).__name__}: {cure}"
-    )
-
-
-def _after_common_prefix(tokenizer: Any, row: dict[str, Any], side: str) -> Scored:
-    """Take what both sides begin with as their prompt: whole messages, or tokens of a text."""
-    pair = [row[s[:-1]] for s in SIDES]
-    this = SIDES.index(side)
-    if all(map(is_conversation, pair)):
-        chat = Chat(tokenizer, row)
-        turns = [chat.read(messages) for messages in pair]
-        shared = common_prefix(*turns)
-        if shared == 0:
-            raise UnlearnableError("chosen and rejected share no message; add a prompt column")
-        return chat.completion(turns[this][:shared], turns[this][shared:])
-    if not all(isinstance(text, str) for text in pair):
-        raise ValueError("chosen and rejected must both be text or both lists of messages")
-    ids = [encode_text(tokenizer, text) for text in pair]
-    if ids[0] == ids[1]:
-        raise UnlearnableError("equals the other side; a pair needs a difference: remove the row")
-    return scored_from(ids[this], common_prefix(*ids))
-
-
-def _repeats(dataset: Dataset, columns: tuple[str, ...]) -> bool:
-    """Whether every text of the columns begins with its whole prompt."""
-    return all(
-        isinstance(row["prompt"], str)
-        and row["prompt"]
-        and all(isinstance(row[c], str) and row[c].startswith(row["prompt"]) for c in columns)
-        for row in dataset.select_columns(["prompt", *columns])
-    )
-
-
-def _repetition(what: str) -> tuple[str, ...]:
-    return (f"all {what} begin with the text of their prompt, which is not put before them again",)
-
-
-def _asked(row: dict[str, Any]) -> tuple[Any, Any]:
-    """Return the prompt of a pair and its chosen response."""
-    chosen, rejected = row["chosen"], row["rejected"]
-    if row.get("prompt") is None and is_conversation(chosen) and is_conversation(rejected):
-        shared = common_prefix(chosen, rejected)
-        return chosen[:shared], chosen[shared:]
-    return row.get("prompt"), chosen
-
-
-def _warnings(tokenizer: Any, row: dict[str, Any], prompt: Any, answer: Any) -> tuple[str, ...]:
-    if not (is_conversation(prompt) and is_conversation(answer)):
-        return ()
-    chat = Chat(tokenizer, row)
-    asked = chat.read(prompt)
-    return chat.warnings(asked, without_prompt(asked, chat.read(answer)))
 
 
 def _whole_text(tokenizer: Any, text: Any, expected: str) -> Labelled:

@@ -26,6 +26,13 @@ CASES: dict[str, tuple[Any, Any, Any, dict[str, Any]]] = {
         sft_rows,
         {"loss": "hellinger", "level": "sequence", "padding_free": True},
     ),
+    # Eight rows to train on, and four to evaluate, of which each holds some sequences.
+    "sft, packed rows": (
+        SFTTrainer,
+        sft_config,
+        sft_rows,
+        {"loss": "pearson", "level": "sequence", "packing": True, "max_length": 18},
+    ),
     "dpo": (DPOTrainer, dpo_config, pair_rows, {}),
     "dpo, packed": (DPOTrainer, dpo_config, pair_rows, {"padding_free": True}),
 }

@@ -125,6 +125,8 @@ def test_rows_that_are_wrong_are_not_left_out():
 
 def test_a_text_has_any_name_or_is_made_by_a_function(tmp_path):
     assert whole(prepare([{"body": "hey"}], dataset_text_field="body")[0]) == "hey<eos>"
+    with pytest.raises(ValueError, match=r"'tools'.*give messages"):
+        prepare([{"of_ids": "hey", "tools": "t"}], dataset_text_field="of_ids")
     with pytest.raises(ValueError, match="dataset_text_field='text'"):
         prepare([{"body": "hey"}])
     rows = [{"a": "x", "b": "y", "tools": "t"}]

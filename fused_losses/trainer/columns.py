@@ -63,6 +63,7 @@ class Format:
         used: The columns that are read.
         scored: What is scored, in words.
         by_default: Whether what is scored was neither asked for nor told by the data.
+        tokenised: Whether rows hold token ids, and no text.
         warn: Takes a row; what looks wrong in how the template writes it, in words.
         notes: What was found out about the dataset as a whole, in words.
     """
@@ -72,18 +73,18 @@ class Format:
     used: frozenset[str]
     scored: str
     by_default: bool = False
+    tokenised: bool = False
     warn: Callable[[dict[str, Any]], tuple[str, ...]] = lambda row: ()
     notes: tuple[str, ...] = ()
 
 
 def checked(made: Format, columns: set[str], tokenizer: Any, name: str) -> Format:
     """Refuse what is not read and would change what is learnt."""
-    tokenised = any(column.endswith("_ids") for column in made.sources.values())
     for column in sorted(columns - made.used):
         # Tokens are what a template made of tools, once they are there.
-        if column in _MEANT and not (tokenised and column in FOR_TEMPLATE):
+        if column in _MEANT and not (made.tokenised and column in FOR_TEMPLATE):
             raise ValueError(f"{name} has a column {column!r}, which is not read: {_MEANT[column]}")
-    if tokenizer is None and not tokenised:
+    if tokenizer is None and not made.tokenised:
         source = ", ".join(made.sources.values())
         raise ValueError(
             f"processing_class is needed to tokenise the column {source!r} of {name}; pass the "

@@ -85,7 +85,9 @@ def pair_format(dataset: Dataset, tokenizer: Any, name: str) -> Format:
 
         used = {f"{s}{part}" for s in SIDES for part in ("input_ids", "labels", "attention_mask")}
         sources = {side: f"{side}input_ids" for side in SIDES}
-        made = Format(prepared, sources, frozenset(used), "the labels that are not -100")
+        made = Format(
+            prepared, sources, frozenset(used), "the labels that are not -100", tokenised=True
+        )
     elif {"prompt_ids", "chosen_ids", "rejected_ids"} <= columns:
 
         def tokens(row: dict[str, Any], side: str) -> Labelled:
@@ -94,7 +96,7 @@ def pair_format(dataset: Dataset, tokenizer: Any, name: str) -> Format:
 
         used = {"prompt_ids", "chosen_ids", "rejected_ids"}
         sources = {side: f"{side}ids" for side in SIDES}
-        made = Format(tokens, sources, frozenset(used), "the responses")
+        made = Format(tokens, sources, frozenset(used), "the responses", tokenised=True)
     elif {"chosen", "rejected"} <= columns:
         repeated = "prompt" in columns and all_repeat(dataset, ("chosen", "rejected"))
 
@@ -171,7 +173,13 @@ def _tokens(columns: set[str], choices: Choices, name: str) -> Format:
     used = {"input_ids", "labels", "ref_logps", "ref_model", *OF_ROW}
     scored = "the labels that are not -100" if "labels" in columns else " and ".join(masks)
     masks_told = {"completion_mask", "assistant_masks"}
-    return Format(read, {"": "input_ids"}, frozenset(used | masks_told), scored or "every token")
+    return Format(
+        read,
+        {"": "input_ids"},
+        frozenset(used | masks_told),
+        scored or "every token",
+        tokenised=True,
+    )
 
 
 def _prompted(dataset: Dataset, tokenizer: Any, choices: Choices) -> Format:

@@ -3,6 +3,16 @@
 Needs the optional dependencies of ``fused-losses[train]``; nothing in the library imports this.
 """
 
+try:
+    import accelerate  # noqa: F401
+    import datasets  # noqa: F401
+    import transformers  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        f"fused_losses.trainer needs accelerate, datasets and transformers ({error}): "
+        "pip install 'fused-losses[train]'"
+    ) from error
+
 from fused_losses.trainer.callbacks import RewardStabilizationCallback
 from fused_losses.trainer.config import DPOConfig, SFTConfig
 from fused_losses.trainer.dpo import DPOTrainer

@@ -7,20 +7,21 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
+from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from fused_losses import with_stats
 from fused_losses.integrations import fuse_lm_head
+from fused_losses.trainer.batches import behind_prompt, lengths_of, without_repeats
 from fused_losses.trainer.collate import Collator
-from fused_losses.trainer.data import IGNORE
-from fused_losses.trainer.finite import FiniteWatch
 from fused_losses.trainer.packing import check_packing, pack
 from fused_losses.trainer.reference import Reference, prepare
 from fused_losses.trainer.sequences import text_tokenizer
-from fused_losses.trainer.telemetry import Sums, Telemetry, means
+from fused_losses.trainer.settings import check_setting
+from fused_losses.trainer.telemetry import Sums, Telemetry, TrainingRecord, means
 
 # What the loss reads, and the model does not.
 _LOSS_INPUTS = ("labels", "ref_logps", "segment_ids", "scored_by", "row", "sample", "num_tokens")
@@ -47,7 +48,8 @@ class PostTrainer(Trainer):
         peft_config: Any,
         needs_reference: bool,
         formatting_func: Callable[[dict[str, Any]], str] | None = None,
-        **trainer: Any,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
         if isinstance(model, str):
             processing_class = processing_class or AutoTokenizer.from_pretrained(model)
@@ -63,7 +65,7 @@ class PostTrainer(Trainer):
             from peft import get_peft_model
 
             model = get_peft_model(model, peft_config)
-        _check_setting(model, args)
+        check_setting(model, args)
         model = fuse_lm_head(model)
 
         def prepared(dataset: Any, name: str) -> Dataset:
@@ -83,14 +85,15 @@ class PostTrainer(Trainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            **trainer,
+            callbacks=[TrainingRecord(), *(callbacks or [])],
+            optimizers=optimizers,
         )
+        self._prepared, self._needs_reference = prepared, needs_reference
         # Items are counted over all micro-batches, whatever the model's forward accepts.
         self.model_accepts_loss_kwargs = True
         if args.lays_end_to_end:
             check_packing(self.model, args.device)
-        self._telemetry = {"train": Telemetry(), "eval": Telemetry()}
-        self._watch = FiniteWatch()
+        self._evaluated = Telemetry()
         if needs_reference:
             self._attach_references(ref_model)
         self._pack()
@@ -136,8 +139,21 @@ class PostTrainer(Trainer):
         raise NotImplementedError
 
     def items(self, batch: dict[str, Tensor]) -> Tensor:
-        """Count what the mean loss divides by; see the trainers."""
+        """Count what means of the loss divide by, in the order of ``divisors``."""
         raise NotImplementedError
+
+    @property
+    def divisors(self) -> tuple[str, ...]:
+        """Arguments of the loss that replace these counts by those of several batches."""
+        return ("num_items",)
+
+    def loss_sums(self, loss: Tensor, sums: Sums, items: Tensor) -> Sums:
+        """Return the loss of an evaluation batch as sums of what the mean is over."""
+        return {"loss": (loss * items[0], items[0])}
+
+    def eval_metrics(self, found: dict[str, float]) -> dict[str, float]:
+        """Return the metrics of an evaluation, from the means over it."""
+        return found
 
     def compute_loss(
         self,
@@ -151,56 +167,61 @@ class PostTrainer(Trainer):
         Raises:
             NonFiniteLossError: The training loss is NaN or infinite.
         """
-        rows = inputs["row"]
         own = {name: inputs[name] for name in _LOSS_INPUTS if name in inputs}
         passed = {k: v for k, v in inputs.items() if k not in own}
-        function, arguments = self.loss_call(own)
-        seen = []
+        totals = {}
+        if num_items_in_batch is not None:
+            counts = torch.as_tensor(num_items_in_batch).reshape(-1).unbind()
+            totals = dict(zip(self.divisors, counts, strict=True))
+        sums: Sums = {}
 
         def fused(hidden: Tensor, weight: Tensor, **head: Any) -> Tensor:
-            options = {**self.args.linear_options, **arguments, **head}
-            states = hidden
+            batch = own
             if "scored_by" in own:
-                states = hidden[0, own["scored_by"]]
+                hidden = hidden[0, own["scored_by"]]
+            else:
+                batch = behind_prompt(own, hidden.shape[1])
+            function, arguments = self.loss_call(batch)
             loss, stats = with_stats(
                 function,
-                states,
+                hidden,
                 weight,
-                own["labels"],
-                shift="scored_by" not in own,
-                num_items=num_items_in_batch,
-                **options,
+                batch["labels"],
+                shift="scored_by" not in batch,
+                **{**self.args.linear_options, **arguments, **totals, **head},
             )
-            seen.append(stats)
+            sums.update(self.sums(stats, batch))
             return loss
 
         outputs = model(**passed, fused=fused)
+        if not sums:
+            raise RuntimeError(
+                f"{type(self.model).__name__}.forward has been replaced since the trainer was made "
+                "and does not reach the fused head: patch the model before giving it to the trainer"
+            )
         loss = outputs.loss
-        sums = self.sums(seen[0], own)
         if model.training:
-            step = self.state.global_step + 1
-            self._watch.add(step, loss, rows)
-            tokens = own["num_tokens"]
-            sums["num_tokens"] = (tokens, torch.ones_like(tokens))
-            self._telemetry["train"].add(sums)
+            record = self._record
+            record.losses.add(self.state.global_step + 1, loss, own["row"])
+            record.sums.add(sums)
+            record.tokens.add({"num_tokens": (own["num_tokens"], own["num_tokens"])})
         else:
-            items = self.items(inputs)
-            sums["loss"] = (loss * items, items)
-            self._telemetry["eval"].add(sums)
+            self._evaluated.add(sums | self.loss_sums(loss, sums, self.items(inputs)))
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             # The divisor is that of all ranks, and their gradients will be averaged.
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())
         return (loss, outputs) if return_outputs else loss
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
-        """Count our items where the Trainer counts labels."""
-        counted = []
+        """Count our items where the Trainer counts labels; a rank without a batch has none."""
+        counts = torch.zeros(len(self.divisors), dtype=torch.int64, device=device)
         for batch in batch_samples:
-            # The Trainer counts labels that are not masked, with or without the first.
-            marks = torch.zeros(int(self.items(batch)) + 1, dtype=torch.int64)
-            marks[0] = IGNORE
-            counted.append({"labels": marks, "shift_labels": marks})
-        return super()._get_num_items_in_batch(counted, device)
+            counts += self.items(batch).to(device)
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            counts = self.accelerator.gather(counts[None]).sum(0)
+        # Several ranks have the same batch.
+        counts = counts / (self.get_tp_size() * self.get_cp_size() * self.get_sp_size())
+        return counts if len(counts) > 1 else counts[0]
 
     def prediction_step(
         self,
@@ -210,7 +231,7 @@ class PostTrainer(Trainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor, None, None]:
         """Loss and telemetry of a batch; there are no logits to return."""
-        inputs = _without_repeats(self._prepare_inputs(inputs), self.accelerator)
+        inputs = without_repeats(self._prepare_inputs(inputs), self.accelerator)
         with torch.no_grad(), self.compute_loss_context_manager(), warnings.catch_warnings():
             # Repeats are masked whole.
             warnings.filterwarnings("ignore", "target rows .* have no counted token")
@@ -218,49 +239,80 @@ class PostTrainer(Trainer):
         return loss.detach(), None, None
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        """Evaluate; the loss is the mean over all items, and not over batches."""
-        self._telemetry["eval"] = Telemetry()
+        """Evaluate; every metric is the mean over all items, and not over batches."""
+        self._evaluated = Telemetry()
         output = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
-        found = means(self._telemetry["eval"].take(self._sum_over_processes))
+        found = self.eval_metrics(means(self._evaluated.take(gather_object)))
         output.metrics.update({f"{prefix}_{name}": value for name, value in found.items()})
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the telemetry of the steps since the last log to the training logs."""
         if "loss" in logs:
-            self._watch.check()
-            taken = self._telemetry["train"].take(self._sum_over_processes)
-            tokens, _ = taken.pop("num_tokens", (0.0, 0.0))
-            # A resumed run goes on from the last log of the checkpoint.
-            past = (e["num_tokens"] for e in reversed(self.state.log_history) if "num_tokens" in e)
-            logs.update(means(taken))
-            logs["num_tokens"] = next(past, 0.0) + tokens
+            record = self._record
+            record.losses.check()
+            logs |= means(record.sums.take(gather_object))
+            logs["num_tokens"] = record.count_tokens(gather_object)
+        # A sum that is turned round may be -0.0.
+        logs.update({k: 0.0 for k, v in logs.items() if isinstance(v, float) and v == 0.0})
         super().log(logs, start_time)
 
+    @property
+    def _record(self) -> TrainingRecord:
+        found = (c for c in self.callback_handler.callbacks if isinstance(c, TrainingRecord))
+        return next(found)
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        self._watch.check()
+        self._record.losses.check()
+        # The checkpoint's number; here, because all ranks come here.
+        self._record.count_tokens(gather_object)
         super()._save_checkpoint(model, trial)
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
-        self._watch.check()
+        self._record.losses.check()
         return super()._finalize_training(*args, **kwargs)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        """Return the loader of an evaluation dataset that the trainer was made with.
+        """Return the loader of an evaluation dataset; new rows are prepared.
 
         Raises:
-            ValueError: A dataset that the trainer has not prepared.
+            TypeError: As the constructor, for a new dataset.
+            ValueError: As the constructor; the loss needs references, and new rows bring none.
         """
-        if isinstance(eval_dataset, Dataset) and not any(
-            eval_dataset is known for known in _values(self.eval_dataset)
-        ):
+        return super().get_eval_dataloader(self._admitted(eval_dataset, "eval_dataset"))
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        """Return the loader for ``predict``, which gives metrics and no logits; as the above."""
+        return super().get_test_dataloader(self._admitted(test_dataset, "test_dataset"))
+
+    def _admitted(self, dataset: Any, name: str) -> Any:
+        known = [self.train_dataset, *_values(self.eval_dataset)]
+        if dataset is None or isinstance(dataset, str) or any(dataset is d for d in known):
+            return dataset
+        prepared = self._prepared(dataset, name)
+        if self._needs_reference and f"{self.sides[0]}ref_logps" not in prepared.column_names:
             raise ValueError(
-                "evaluate() takes the datasets that the trainer was made with, by name: their "
-                "references had to be computed before training; give eval_dataset, or a dict of "
-                "them, to the constructor"
+                f"{name} was not given to the constructor, so it was not prepared with references "
+                "before training, and the loss needs them: give eval_dataset, or a dict of them, "
+                "to the constructor and evaluate it by name; or call precompute_ref_logps on it "
+                "with the reference"
             )
-        return super().get_eval_dataloader(eval_dataset)
+        return prepared
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        return super()._get_train_sampler(self._measured(dataset))
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        return super()._get_eval_sampler(self._measured(eval_dataset))
+
+    def _measured(self, dataset: Any) -> Any:
+        """Stand in for a dataset where rows are put in order by length."""
+        if self.args.train_sampling_strategy not in ("group_by_length", "batch_rebalance"):
+            return dataset
+        lengths = lengths_of(dataset, self.sides, self.args.lays_end_to_end)
+        return Dataset.from_dict({self.args.length_column_name: lengths})
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = [
@@ -269,48 +321,11 @@ class PostTrainer(Trainer):
             *(f"{s}{c}" for s in self.sides for c in ("input_ids", "labels", "ref_logps")),
         ]
 
-    def _sum_over_processes(self, t: Tensor) -> Tensor:
-        return self.accelerator.reduce(t, "sum")
-
 
 def check_args(args: Any, expected: type) -> None:
     """Raise unless the trainer was given its own config."""
     if not isinstance(args, expected):
         raise TypeError(f"args must be a {expected.__name__}, got {type(args).__name__}")
-
-
-def _check_setting(model: Any, args: Any) -> None:
-    if args.n_gpu > 1:
-        raise ValueError(
-            f"{args.n_gpu} GPUs are visible to one process, which would run DataParallel; start "
-            "one process per GPU (accelerate launch, torchrun), or set CUDA_VISIBLE_DEVICES to one"
-        )
-    if getattr(model.config.get_text_config(), "output_router_logits", False):
-        raise ValueError(
-            "config.output_router_logits=True: the router's auxiliary loss is not part of these "
-            "losses; set it to False"
-        )
-
-
-def _without_repeats(inputs: dict[str, Tensor], accelerator: Any) -> dict[str, Tensor]:
-    """Mask the rows that only fill up a last batch, so that every process has as many."""
-    state = accelerator.gradient_state
-    if accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
-        return inputs
-    row, labels = inputs["row"], inputs["labels"]
-    # Which of this process's samples a sequence is of: a packed row holds several.
-    sample = inputs.get("sample", torch.arange(len(row), device=row.device))
-    n = int(sample[-1]) + 1
-    # As accelerate's gather_for_metrics: of all processes' samples in order, so many are new.
-    new = sample < min(max(state.remainder - n * accelerator.process_index, 0), n)
-    if "segment_ids" in inputs:
-        # What follows the last sequence is padding.
-        of = inputs["segment_ids"].clamp(max=len(row) - 1)
-        labels = labels.masked_fill(~new[of], IGNORE)
-    else:
-        labels = labels.clone()
-        labels.view(-1, n, labels.shape[-1])[:, ~new] = IGNORE
-    return inputs | {"labels": labels, "row": row[new]}
 
 
 def _each(datasets: Any, change: Callable[[Any, str], Dataset]) -> Any:

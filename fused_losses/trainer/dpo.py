@@ -13,7 +13,8 @@ from transformers import TrainerCallback
 from fused_losses import PairStats, linear_dpo_loss
 from fused_losses.trainer.base import PostTrainer, check_args
 from fused_losses.trainer.config import DPOConfig
-from fused_losses.trainer.data import SIDES
+from fused_losses.trainer.data import IGNORE, SIDES
+from fused_losses.trainer.settings import refuse_unserved
 from fused_losses.trainer.telemetry import Sums, pair_sums, token_sums
 
 
@@ -26,8 +27,8 @@ class DPOTrainer(PostTrainer):
     divided by their pairs (``aot`` sorts over a micro-batch, which is its unit). Every log also
     holds TRL's ``rewards/chosen``, ``rewards/rejected``, ``rewards/accuracies``,
     ``rewards/margins``, ``logps/chosen``, ``logps/rejected``, ``entropy``, ``mean_token_accuracy``
-    (of the chosen tokens), ``num_tokens``, and ``values/mean`` (13), ``rewards/implicit`` (12) and
-    ``drift`` per token; evaluation the same with ``eval_``.
+    and ``nll`` (of the chosen tokens), ``num_tokens``, and ``values/mean`` (13),
+    ``rewards/implicit`` (12) and ``drift`` per token; evaluation the same with ``eval_``.
 
     Args:
         model: A causal LM of transformers, a PeftModel, or a name to load (with its tokenizer).
@@ -43,6 +44,7 @@ class DPOTrainer(PostTrainer):
         peft_config: Wrap the model with this PEFT configuration first.
         callbacks: As for ``Trainer``.
         optimizers: As for ``Trainer``.
+        **unserved: Other arguments of ``Trainer`` and TRL's are refused, with the cure.
 
     Raises:
         TypeError: ``args`` or datasets of another type.
@@ -65,8 +67,10 @@ class DPOTrainer(PostTrainer):
         peft_config: Any = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
+        **unserved: Any,
     ) -> None:
         check_args(args, self.config_class)
+        refuse_unserved(type(self).__name__, unserved)
         super().__init__(
             model,
             args,
@@ -89,12 +93,34 @@ class DPOTrainer(PostTrainer):
         ref = None if self.args.reference_free else inputs["ref_logps"]
         return linear_dpo_loss, {"ref_logps": ref, **self.args.loss_options}
 
+    @property
+    def divisors(self) -> tuple[str, ...]:
+        """The pairs, and the tokens of the SFT term."""
+        return ("num_items", "sft_num_items") if self.args.sft_weight else ("num_items",)
+
     def items(self, batch: dict[str, Tensor]) -> Tensor:
-        """Count pairs."""
-        return torch.tensor(batch["row"].numel(), device=batch["row"].device)
+        """Count pairs, and the scored tokens of the chosen responses."""
+        labels = batch["labels"]
+        chosen = (labels[: labels.shape[0] // 2] != IGNORE).sum()
+        pairs = torch.full_like(chosen, batch["row"].numel())
+        return torch.stack([pairs, chosen][: len(self.divisors)])
 
     def sums(self, stats: PairStats, inputs: dict[str, Tensor]) -> Sums:
         """Sum the metrics of tokens and of pairs."""
         labels = inputs["labels"]
         of_tokens = token_sums(stats, labels, inputs.get("ref_logps"), self.args.beta)
         return of_tokens | pair_sums(stats, labels)
+
+    def loss_sums(self, loss: Tensor, sums: Sums, items: Tensor) -> Sums:
+        """Sum the pairs' part: the SFT term is a mean over tokens."""
+        if not self.args.sft_weight:
+            return super().loss_sums(loss, sums, items)
+        nll, tokens = sums["nll"]
+        term = self.args.sft_weight * nll / tokens.clamp(min=1)
+        return {"loss": ((loss - term) * items[0], items[0])}
+
+    def eval_metrics(self, found: dict[str, float]) -> dict[str, float]:
+        """Add the SFT term to the loss of the pairs."""
+        if self.args.sft_weight and "loss" in found:
+            found["loss"] += self.args.sft_weight * found["nll"]
+        return found

@@ -14,6 +14,7 @@ from fused_losses import TOKEN_LOSSES, TokenLoss, TokenStats, linear_token_loss
 from fused_losses.trainer.base import PostTrainer, check_args
 from fused_losses.trainer.config import SFTConfig
 from fused_losses.trainer.data import IGNORE
+from fused_losses.trainer.settings import refuse_unserved
 from fused_losses.trainer.telemetry import Sums, log_ratios, token_sums, weight_sums
 
 
@@ -24,9 +25,10 @@ class SFTTrainer(PostTrainer):
     model without its adapters). Its log-probs are computed when the trainer is made and cached on
     disk, so no second model is held. The loss is a sum over all micro-batches and ranks divided by
     their items (tokens; sequences at ``level="sequence"``). Every log also holds, of the same pass:
-    ``entropy``, ``mean_token_accuracy``, ``num_tokens``, ``values/mean`` (13), ``rewards/implicit``
-    (12), ``drift`` (mean |logp - ref|) and, where the loss has weights, ``weights/reversed`` and
-    ``weights/capped``; evaluation the same with ``eval_``.
+    ``nll`` (whatever the loss), ``entropy``, ``mean_token_accuracy``, ``num_tokens``,
+    ``values/mean`` (13), ``rewards/implicit`` (12), ``drift`` (mean |logp - ref|) and, where the
+    loss has weights, ``weights/reversed`` and ``weights/capped``; evaluation the same with
+    ``eval_``.
 
     Args:
         model: A causal LM of transformers, a PeftModel, or a name to load (with its tokenizer).
@@ -47,6 +49,7 @@ class SFTTrainer(PostTrainer):
         formatting_func: Makes a text of each row, in place of the formats above, as in TRL.
         callbacks: As for ``Trainer``.
         optimizers: As for ``Trainer``.
+        **unserved: Other arguments of ``Trainer`` and TRL's are refused, with the cure.
 
     Raises:
         TypeError: ``args`` or datasets of another type.
@@ -71,8 +74,10 @@ class SFTTrainer(PostTrainer):
         formatting_func: Callable[[dict[str, Any]], str] | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
+        **unserved: Any,
     ) -> None:
         check_args(args, self.config_class)
+        refuse_unserved(type(self).__name__, unserved)
         if loss is not None and not isinstance(loss, TokenLoss):
             raise TypeError(
                 "loss must be a fused_losses.TokenLoss; a member of TOKEN_LOSSES goes by name into "
@@ -122,8 +127,8 @@ class SFTTrainer(PostTrainer):
     def items(self, batch: dict[str, Tensor]) -> Tensor:
         """Count scored tokens, or sequences: each has a scored token, the loader sees to that."""
         if self.args.level == "sequence":
-            return torch.tensor(batch["row"].numel(), device=batch["row"].device)
-        return (batch["labels"] != IGNORE).sum()
+            return torch.tensor([batch["row"].numel()], device=batch["row"].device)
+        return (batch["labels"] != IGNORE).sum()[None]
 
     def sums(self, stats: TokenStats, inputs: dict[str, Tensor]) -> Sums:
         """Sum the metrics of tokens, and of the loss's weights."""

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
 
 from fused_losses import PairStats, TokenLoss, TokenStats
-from fused_losses.trainer.data import IGNORE
+from fused_losses.trainer.finite import FiniteWatch
+from fused_losses.trainer.sequences import IGNORE
 
 Sums = dict[str, tuple[Tensor, Tensor]]
 
@@ -34,17 +38,63 @@ class Telemetry:
         else:
             self._sums += batch
 
-    def take(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, tuple[float, float]]:
-        """Return each metric's (sum, count) and start again.
+    def take(self, gather: Callable[[list[Any]], list[Any]]) -> dict[str, tuple[float, float]]:
+        """Return each metric's (sum, count) over all processes and start again.
 
         Args:
-            reduce: Sums a tensor over the processes.
+            gather: Returns the lists of all processes, joined. It is called once, whatever was
+                added: a process without a batch waits for nobody.
         """
-        if self._sums is None:
-            return {}
-        values = reduce(self._sums).tolist()
+        own = {}
+        if self._sums is not None:
+            values = iter(self._sums.tolist())
+            own = dict(zip(self._names, zip(values, values, strict=True), strict=True))
         self._sums = None
-        return dict(zip(self._names, zip(values[::2], values[1::2], strict=True), strict=True))
+        found: dict[str, tuple[float, float]] = {}
+        for sums in gather([own]):
+            for name, (total, count) in sums.items():
+                before = found.get(name, (0.0, 0.0))
+                found[name] = (before[0] + total, before[1] + count)
+        return found
+
+
+class TrainingRecord(TrainerCallback, ExportableState):
+    """What was seen since training began; another run, or a restart of one, begins anew.
+
+    Attributes:
+        sums: Metrics since the last log.
+        losses: Losses that nobody has looked at.
+        tokens: Tokens since they were last counted.
+        num_tokens: Tokens of all processes until then. A checkpoint holds it.
+    """
+
+    def __init__(self) -> None:
+        self.num_tokens = 0.0
+        self._begin()
+
+    def _begin(self) -> None:
+        self.sums, self.losses, self.tokens = Telemetry(), FiniteWatch(), Telemetry()
+
+    def count_tokens(self, gather: Callable[[list[Any]], list[Any]]) -> float:
+        """Return the number of tokens up to here; ``gather`` as for :meth:`Telemetry.take`."""
+        self.num_tokens += self.tokens.take(gather).get("num_tokens", (0.0, 0.0))[0]
+        return self.num_tokens
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds."""
+        return {"args": {}, "attributes": {"num_tokens": self.num_tokens}}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Begin anew, or go on from the checkpoint."""
+        self._begin()
+        self.num_tokens = 0.0
+        name = type(self).__name__
+        if state.global_step and name in state.stateful_callbacks:
+            self.num_tokens = state.stateful_callbacks[name]["attributes"]["num_tokens"]
+        elif state.global_step:  # a checkpoint that holds none: its last log has most of them
+            past = (e["num_tokens"] for e in reversed(state.log_history) if "num_tokens" in e)
+            self.num_tokens = next(past, 0.0)
+        state.stateful_callbacks[name] = self.state()
 
 
 def means(taken: dict[str, tuple[float, float]]) -> dict[str, float]:
@@ -59,6 +109,7 @@ def token_sums(
     counted = labels != IGNORE
     n = counted.sum()
     sums = {
+        "nll": (-stats.logps.double().sum(), n),
         "mean_token_accuracy": (stats.is_top1.sum(), n),
         "values/mean": (beta * stats.lse.double().sum(), n),
     }
@@ -99,10 +150,14 @@ def weight_sums(
 
 
 def pair_sums(stats: PairStats, labels: Tensor) -> Sums:
-    """Sum what TRL's DPOTrainer logs of pairs; accuracy over the chosen tokens, as there."""
+    """Sum what TRL's DPOTrainer logs of pairs; accuracy over the chosen tokens, as there.
+
+    So is ``nll``: that of rejected responses is no aim.
+    """
     chosen, rejected = stats.chosen_rewards, stats.rejected_rewards
     B = chosen.numel()
     n = (labels != IGNORE).view(2, B, -1).any(2).any(0).sum()
+    tokens = (labels[:B] != IGNORE).sum()
     return {
         "rewards/chosen": (chosen.sum(), n),
         "rewards/rejected": (rejected.sum(), n),
@@ -110,5 +165,6 @@ def pair_sums(stats: PairStats, labels: Tensor) -> Sums:
         "rewards/accuracies": ((chosen > rejected).sum(), n),
         "logps/chosen": (stats.chosen_logps.sum(), n),
         "logps/rejected": (stats.rejected_logps.sum(), n),
-        "mean_token_accuracy": (stats.is_top1[:B].sum(), (labels[:B] != IGNORE).sum()),
+        "nll": (-stats.chosen_logps.double().sum(), tokens),
+        "mean_token_accuracy": (stats.is_top1[:B].sum(), tokens),
     }

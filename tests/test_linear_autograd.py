@@ -15,7 +15,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import fused_losses
-from fused_losses import reference
+from fused_losses import TOKEN_LOSSES, reference
+from fused_losses.backends import Objective, RowMaths
+from fused_losses.engine.call import Call, HeadOptions, Needs
 
 V, D = 67, 16
 SECOND = "second derivatives"
@@ -301,24 +303,18 @@ def _operator_arguments(batch: HeadBatch, *, frozen: bool) -> dict[str, tuple[An
     ref = near_reference(batch).flatten().nan_to_num()
     value = torch.full(y.shape, 0.1, requires_grad=not frozen)
     factor = torch.tensor(0.1, dtype=torch.float64)
-    constants = [1.0, 0.0, 1.0, 0.5, 4.0, 0.0, 0.01]
-    dtypes = (torch.float32,) * 3
-    tail = (*dtypes, 3 * V * 4, "torch")
-    needs = [True, not frozen, not frozen]
-    head = ("hellinger", constants, -100, False)
-    rows = torch.ops.fused_losses.linear_rows(
-        x, w, bias, y, ref, value, None, *head, *tail, needs, frozen
-    )
+    needs = Needs(True, not frozen, not frozen)
+    head = HeadOptions(torch.float32, torch.float32, torch.float32, 3 * V * 4, needs)
+    hellinger = Objective(TOKEN_LOSSES["hellinger"], beta=0.5, z_loss=0.01)
+    call, _ = Call(RowMaths(), hellinger, -100, False, "torch", head=head).encode()
+    rows = torch.ops.fused_losses.linear_rows(x, w, bias, y, ref, value, None, call)
     _, kept_rows, kept_dx = (t.detach() for t in rows)
     upstream = torch.ones(y.shape)
     detached = [t.detach() for t in (x, w, bias)]
     return {
-        "linear_loss_sum": (x, w, bias, y, ref, value, None, factor, None, *head, *tail, needs),
-        "linear_rows": (x, w, bias, y, ref, value, None, *head, *tail, needs, frozen),
-        "linear_rows_gradient": (
-            *detached, y, kept_rows, kept_dx, value.detach(), None, upstream, None,
-            *head, *tail, needs,
-        ),
+        "linear_loss_sum": (x, w, bias, y, ref, value, None, factor, None, call),
+        "linear_rows": (x, w, bias, y, ref, value, None, call),
+        "linear_rows_gradient": (*detached, y, kept_rows, kept_dx, upstream, None, None, call),
     }  # fmt: skip
 
 

@@ -356,7 +356,7 @@ def test_out_of_memory_names_the_budget_to_lower(monkeypatch: pytest.MonkeyPatch
     def fail(*_: Any, **__: Any) -> Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.")
 
-    monkeypatch.setattr("fused_losses.engine.head_call.workspace", fail)
+    monkeypatch.setattr("fused_losses.engine.planned.workspace", fail)
     x, w, y = torch.randn(4, 8), torch.randn(16, 8), torch.tensor([1, 2, 3, 4])
     with pytest.raises(torch.OutOfMemoryError, match=r"lower workspace_bytes .*now 4096: CUDA"):
         fused_losses.linear_mle_loss(x, w, y, workspace_bytes=4096)

@@ -26,13 +26,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import fused_losses
 from fused_losses.backends import RowMaths
 from fused_losses.engine import head as head_products
-from fused_losses.engine import head_call, workspace
-from fused_losses.engine.chunks import add_chunk, chunks_of
+from fused_losses.engine import planned as planned_calls
+from fused_losses.engine import workspace
+from fused_losses.engine.call import Call, HeadOptions, Needs
 from fused_losses.engine.gradients import GradientSums
-from fused_losses.engine.head import Head
-from fused_losses.engine.head_call import HeadCall
+from fused_losses.engine.planned import PlannedCall
+from fused_losses.engine.ranges import recompute, seen_chunks
 from fused_losses.engine.rows import Coefficients
-from fused_losses.engine.tiles import blocks_of, recompute
+from fused_losses.engine.whole_rows import add_chunk, chunks_of
 from fused_losses.plan import LinearShape, plan_linear
 
 B, T, D, V = 12, 25, 96, 5003
@@ -239,37 +240,36 @@ class _NoRows:
     row_gradient = row_pass
 
 
-def _through_chunks(call: HeadCall) -> GradientSums:
-    sums = GradientSums(call, [True, True, False], torch.float32)
-    for chunk in chunks_of(call):
-        chunk.row_pass()
+def _whole_rows(planned: PlannedCall) -> GradientSums:
+    sums = GradientSums(planned)
+    for chunk in chunks_of(planned):
+        chunk.row_pass(top1=False)
         add_chunk(sums, chunk)
     return sums
 
 
-def _through_tiles(call: HeadCall) -> GradientSums:
-    for _ in blocks_of(call):
+def _in_ranges(planned: PlannedCall) -> GradientSums:
+    for _ in seen_chunks(planned, ref=None, value=None, top1=False):
         pass
-    c = Coefficients(call.rows[0])
-    return recompute(call, call.rows, c, [True, True, False], torch.float32)
+    return recompute(planned, planned.rows, Coefficients(planned.rows[0]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(
-    ("route", "run"), [("token", _through_chunks), ("recompute", _through_tiles)]
-)
+@pytest.mark.parametrize(("route", "run"), [("token", _whole_rows), ("recompute", _in_ranges)])
 def test_the_engine_stays_below_it_at_32k_tokens_and_262k_words(
     monkeypatch: pytest.MonkeyPatch,
     dtype: torch.dtype,
     route: Any,
-    run: Callable[[HeadCall], GradientSums],
+    run: Callable[[PlannedCall], GradientSums],
 ) -> None:
     """Below the custom operator, with every row counted, on tensors that hold no memory."""
     tokens, vocabulary, hidden, budget = 32768, 262144, 4096, 2**30
-    monkeypatch.setattr(head_call, "load_backend", lambda name: _NoRows)
+    monkeypatch.setattr(planned_calls, "load_backend", lambda name: _NoRows)
     # Fewer and larger blocks of upcast vocabulary, for time: still far below the limit.
     monkeypatch.setattr(head_products, "_BLOCK_BYTES", 2**27)
     shape = LinearShape(hidden, vocabulary, dtype, dtype, "triton", True, True)
+    head = HeadOptions(dtype, dtype, torch.float32, budget, Needs(True, True, False))
+    call = Call(RowMaths(), None, -100, False, "triton", head=head)
     plan = plan_linear([route], tokens, shape, budget)
     assert sum(plan.chunks) == tokens
     with FakeTensorMode():
@@ -277,8 +277,7 @@ def test_the_engine_stays_below_it_at_32k_tokens_and_262k_words(
         w = torch.empty(vocabulary, hidden, dtype=dtype)
         y = torch.empty(tokens, dtype=torch.int64)
         with NewTensors(x, w, y) as seen:
-            head = Head(w, None, dtype, dtype)
-            sums = run(HeadCall(x, y, None, plan, head, RowMaths(), -100))
+            sums = run(PlannedCall(x, w, None, y, None, call, plan))
             dw, _ = sums.head_gradients(w, None)
         assert sums.dx is not None
         assert sums.dx.shape == x.shape

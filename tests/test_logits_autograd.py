@@ -13,8 +13,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import fused_losses
-from fused_losses.engine.logits import logits_gradient, logits_rows
-from fused_losses.engine.segments import segment_sum
+from fused_losses.backends import Objective, RowMaths
+from fused_losses.engine.call import Call
+from fused_losses.engine.logits_rows import logits_gradient, logits_rows
+from fused_losses.engine.segment_sum import segment_sum
 
 B, T, V = 4, 3, 13
 SECOND = "second derivatives are not implemented"
@@ -269,15 +271,16 @@ def test_the_operators_pass_opcheck(backend: str, device: torch.device, dtype: t
     z, y, ref = planted(2, 2, V=5, dtype=dtype, device=device)
     y, ref = y.view(-1), ref.view(-1).nan_to_num(0.0)
     value = torch.zeros(4, device=device)
-    static = ("hellinger", [1.0, 5.0, 0.8, 0.5, 4.0, 0.0, 0.1], -100, True)
-    leaves = (z.clone().requires_grad_(), y, ref, value.clone().requires_grad_(), None)
-    torch.library.opcheck(logits_rows, (*leaves, *static, False, backend))
-    loss, rows = logits_rows(z, y, ref, value, None, *static, False, backend)
+    hellinger = Objective(fused_losses.TOKEN_LOSSES["hellinger"], beta=0.5, z_loss=0.1)
+    call, changing = Call(RowMaths(1.0, 5.0, 0.8), hellinger, -100, True, backend).encode()
+    leaves = (z.clone().requires_grad_(), y, ref, value.clone().requires_grad_())
+    torch.library.opcheck(logits_rows, (*leaves, changing, call))
+    loss, rows = logits_rows(z, y, ref, value, changing, call)
     up = (torch.ones_like(loss), torch.ones_like(rows))
     # It has no formula, on purpose, and an upstream NaN-free row is all that its maths needs.
     torch.library.opcheck(
         logits_gradient,
-        (z, y, rows, value, None, *up, *static, backend, True),
+        (z, y, rows, *up, changing, call, True),
         test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
     )
 

@@ -14,10 +14,12 @@ from torch import Tensor
 
 import fused_losses
 from fused_losses import reference
+from fused_losses.backends import Objective, RowMaths
+from fused_losses.engine.call import Call, HeadOptions, Needs
 from fused_losses.engine.linear_rows import linear_rows, linear_rows_gradient
 from fused_losses.engine.linear_sum import linear_loss_sum
-from fused_losses.engine.logits import logits_gradient, logits_rows
-from fused_losses.engine.segments import segment_sum
+from fused_losses.engine.logits_rows import logits_gradient, logits_rows
+from fused_losses.engine.segment_sum import segment_sum
 
 N, D, V = 5, 4, 11
 
@@ -43,7 +45,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 each_layout = pytest.mark.parametrize("layout", LAYOUTS)
 
-HEAD = ("hellinger", [1.0, 0.0, 1.0, 0.5, 4.0, 0.0, 0.01], -100, False)
+HELLINGER = Objective(fused_losses.TOKEN_LOSSES["hellinger"], beta=0.5, z_loss=0.01)
 Y = torch.tensor([1, 4, -100, 0, 10])
 REF = torch.zeros(N)  # losses are positive: opcheck takes the magnitudes of what it adds up
 
@@ -74,36 +76,33 @@ def test_sums_and_rows_keep_their_promises(layout: str, needs: tuple[bool, ...])
         _wanting(made[n], need) for n, need in zip(("x", "w", "bias"), needs, strict=True)
     )
     value = _wanting(made["value"], True)
-    frozen = not (needs[1] or needs[2])
-    tail = (*(torch.float32,) * 3, 6 * V * 4, "torch", list(needs))
+    head = HeadOptions(torch.float32, torch.float32, torch.float32, 6 * V * 4, Needs(*needs))
+    call, _ = Call(RowMaths(), HELLINGER, -100, False, "torch", head=head).encode()
     factor = torch.tensor(0.1, dtype=torch.float64)
-    torch.library.opcheck(
-        linear_loss_sum, (x, w, bias, Y, REF, value, None, factor, None, *HEAD, *tail)
-    )
-    arguments = (x, w, bias, Y, REF, value, None, *HEAD, *tail, frozen)
+    torch.library.opcheck(linear_loss_sum, (x, w, bias, Y, REF, value, None, factor, None, call))
+    arguments = (x, w, bias, Y, REF, value, None, call)
     torch.library.opcheck(linear_rows, arguments)
     _, rows, kept = (t.detach() for t in linear_rows(*arguments))
     detached = [t.detach() for t in (x, w, bias)]
     upstream = LAYOUTS[layout](torch.ones(N))
     torch.library.opcheck(
         linear_rows_gradient,
-        (*detached, Y, rows, kept, value.detach(), None, upstream, None, *HEAD, *tail),
+        (*detached, Y, rows, kept, upstream, None, None, call),
     )
 
 
 @each_layout
 def test_logits_and_segments_keep_their_promises(layout: str, backend: str) -> None:
     z, value = LAYOUTS[layout](_float(N, V)), LAYOUTS[layout](_float(N))
-    static = (*HEAD[:3], True)
+    call, _ = Call(RowMaths(), HELLINGER, -100, True, backend).encode()
     torch.library.opcheck(
-        logits_rows,
-        (_wanting(z, True), Y, REF, _wanting(value, True), None, *static, False, backend),
+        logits_rows, (_wanting(z, True), Y, REF, _wanting(value, True), None, call)
     )
-    _, rows = logits_rows(z, Y, REF, value, None, *static, False, backend)
+    _, rows = logits_rows(z, Y, REF, value, None, call)
     upstream = LAYOUTS[layout](torch.ones(N)), LAYOUTS[layout](torch.ones_like(rows))
     torch.library.opcheck(
         logits_gradient,
-        (z, Y, rows, value, None, *upstream, *static, backend, True),
+        (z, Y, rows, *upstream, None, call, True),
         test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
     )
     x = _wanting(LAYOUTS[layout](_float(7)), True)

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fused_losses
 from fused_losses import TokenLoss
-from fused_losses.engine import registry
+from fused_losses.engine import call as calls
 from fused_losses.plan import forced_route
 from fused_losses.token_losses import TOKEN_LOSSES
 
@@ -97,7 +97,7 @@ def _leaves(loss: Tensor, *leaves: Tensor) -> list[Tensor | None]:
 def test_a_new_one_at_every_step_is_not_kept(reduction: str) -> None:
     x, w, y, ref = _inputs()
     seen = []
-    before = len(registry._users)
+    before = len(calls._users)
     for _ in range(3):
         own = _own()
         seen.append(weakref.ref(own))
@@ -106,4 +106,4 @@ def test_a_new_one_at_every_step_is_not_kept(reduction: str) -> None:
     del own
     gc.collect()
     assert all(ref() is None for ref in seen)
-    assert len(registry._users) == before
+    assert len(calls._users) == before

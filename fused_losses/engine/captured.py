@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -34,7 +35,7 @@ def refuse_captured(
     nodes, leaf = foreign
     names = [
         f"{name}, {tuple(t.shape)}"
-        for name, t in _tensors(fn, "", _DEPTH, set())
+        for name, t in _tensors(fn)
         if t.requires_grad and (t is leaf if t.grad_fn is None else t.grad_fn in nodes)
     ]
     found = " and ".join(dict.fromkeys(names)) or f"a tensor of shape {tuple(leaf.shape)}"
@@ -99,32 +100,36 @@ def _foreign_leaf(
     return None
 
 
-def _tensors(value: Any, name: str, depth: int, seen: set[int]) -> Iterator[tuple[str, Tensor]]:
-    """Tensors that can be reached from a value, with their names."""
-    if isinstance(value, Tensor):
-        yield name, value
-        return
-    if depth == 0 or id(value) in seen or inspect.ismodule(value) or isinstance(value, type):
-        return
-    seen.add(id(value))
+def _tensors(value: Any) -> Iterator[tuple[str, Tensor]]:
+    """Tensors that can be reached from a value, the nearest first, with their names."""
+    waiting, seen = deque([(value, "", 0)]), set()
+    while waiting:
+        value, name, depth = waiting.popleft()
+        if isinstance(value, Tensor):
+            yield name, value
+        elif depth < _DEPTH and id(value) not in seen:
+            seen.add(id(value))
+            waiting += [(v, k, depth + 1) for k, v in _inside(value, name).items()]
+
+
+def _inside(value: Any, name: str) -> dict[str, Any]:
+    """What a value holds, with names."""
+    if inspect.ismodule(value) or isinstance(value, type):
+        return {}
     prefix = f"{name}." if name else ""
-    inside: dict[str, Any]
     if isinstance(value, functools.partial):
-        inside = {"": value.func, "args": value.args, **value.keywords}
-    elif inspect.ismethod(value):
-        inside = {"self": value.__self__, "": value.__func__}
-    elif inspect.isfunction(value):
-        inside = _around(value)
-    elif isinstance(value, torch.nn.Module):
-        inside = {f"{prefix}{k}": p for k, p in value.named_parameters()}
-    elif isinstance(value, dict):
-        inside = {f"{name}[{k!r}]": v for k, v in value.items()}
-    elif isinstance(value, (list, tuple)):
-        inside = {f"{name}[{i}]": v for i, v in enumerate(value)}
-    else:
-        inside = {f"{prefix}{k}": v for k, v in getattr(value, "__dict__", {}).items()}
-    for k, v in inside.items():
-        yield from _tensors(v, k, depth - 1, seen)
+        return {"": value.func, "args": value.args, **value.keywords}
+    if inspect.ismethod(value):
+        return {"self": value.__self__, "": value.__func__}
+    if inspect.isfunction(value):
+        return _around(value)
+    if isinstance(value, torch.nn.Module):
+        return {f"{prefix}{k}": p for k, p in value.named_parameters()}
+    if isinstance(value, dict):
+        return {f"{name}[{k!r}]": v for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return {f"{name}[{i}]": v for i, v in enumerate(value)}
+    return {f"{prefix}{k}": v for k, v in getattr(value, "__dict__", {}).items()}
 
 
 def _around(fn: Callable[..., Any]) -> dict[str, Any]:

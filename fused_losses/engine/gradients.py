@@ -8,7 +8,31 @@ import torch
 from torch import Tensor
 
 from fused_losses.engine.head import EVERYTHING, HeadGradient
-from fused_losses.engine.head_call import HeadCall, Place
+from fused_losses.engine.planned import Place, PlannedCall
+
+
+def or_empty(t: Tensor | None, like: Tensor) -> Tensor:
+    """Operators return tensors always; what is not wanted is empty."""
+    return like.new_empty(0) if t is None else t
+
+
+def fake_gradients(
+    owners: Sequence[Tensor | None],
+    needs: Sequence[bool],
+    like: Tensor,
+    *,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, ...]:
+    """Return what operators promise for the gradients of owners: contiguous, or empty."""
+    return tuple(
+        or_empty(
+            torch.empty_like(t, dtype=dtype, memory_format=torch.contiguous_format)
+            if need and t is not None
+            else None,
+            like,
+        )
+        for t, need in zip(owners, needs, strict=True)
+    )
 
 
 class GradientSums:
@@ -22,27 +46,28 @@ class GradientSums:
         dx: (N, D) gradient of the hidden states, or None.
     """
 
-    def __init__(self, call: HeadCall, needs: Sequence[bool], accum_dtype: torch.dtype) -> None:
-        need_dx, need_dw, need_db = needs
-        self.head = call.head
-        compute = call.head.compute_dtype
+    def __init__(self, planned: PlannedCall) -> None:
+        options = planned.call.linear
+        need_dx, need_dw, need_db = options.needs
+        self.head = planned.head
+        compute = options.compute_dtype
         self._half = compute == torch.float16
         # Sums over ranges of the vocabulary are as wide as those over tokens.
-        ranges = len(call.plan.columns) > 1
+        ranges = len(planned.plan.columns) > 1
         self._dx_dtype = torch.promote_types(compute, torch.float32) if ranges else compute
         if self._half:
             self._dx_dtype = torch.float32
         self.dx = None
         if need_dx:
             # Ignored tokens' gradients are exactly zero.
-            make = torch.empty_like if call.positions is None else torch.zeros_like
+            make = torch.empty_like if planned.positions is None else torch.zeros_like
             self.dx = make(
-                call.x,
-                dtype=torch.float32 if self._half else call.x.dtype,
+                planned.x,
+                dtype=torch.float32 if self._half else planned.x.dtype,
                 memory_format=torch.contiguous_format,
             )
-        blocks = len(call.plan.chunks)
-        self._sums = HeadGradient(call.head, need_dw, need_db, accum_dtype, blocks)
+        blocks = len(planned.plan.chunks)
+        self._sums = HeadGradient(self.head, need_dw, need_db, options.accum_dtype, blocks)
 
     def dx_of(self, at: Place, x: Tensor) -> Tensor | None:
         """Return memory for the gradient of some hidden states (R, D), its own place if it can."""

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_losses.engine.linear_call import deferred, linear_shape, open_call, or_empty
+from fused_losses.engine.call import Call, Needs, decode
+from fused_losses.engine.gradients import fake_gradients, or_empty
 from fused_losses.engine.once import refuse_second_derivative
-from fused_losses.engine.registry import loss_of, unpack
+from fused_losses.engine.planned import PlannedCall
+from fused_losses.engine.ranges import hidden_gradient, recompute, seen_chunks
 from fused_losses.engine.rows import coefficients, lines, new_rows
-from fused_losses.engine.tiles import blocks_of, hidden_gradient, recompute
-from fused_losses.plan import Route
+from fused_losses.plan import routes_for
 
 
 @torch.library.custom_op("fused_losses::linear_rows", mutates_args=())
@@ -28,46 +29,41 @@ def linear_rows(
     ref: Tensor | None,
     value: Tensor | None,
     changing: Tensor | None,
-    loss: str,
-    options: list[float],
-    ignore_index: int,
-    entropy: bool,
-    compute_dtype: torch.dtype,
-    logits_dtype: torch.dtype,
-    accum_dtype: torch.dtype,
-    budget: int,
-    backend: str,
-    needs: list[bool],
-    keep_dx: bool,
+    encoded: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the per-token loss (N,), rows (LINES, N) and, if kept, -d logp / d x (N, D).
 
-    With ``loss=""`` the rows (logp, lse, entropy) are differentiable and the loss is 0; else the
-    loss is. ``keep_dx`` says that the head is frozen and backward will scale what is kept.
+    The loss is differentiable where the call has an objective; else it is 0, and the rows (logp,
+    lse, entropy) are. With a frozen head backward scales what is kept.
     """
-    dtypes = (compute_dtype, logits_dtype, accum_dtype)
-    maths, objective = unpack(loss, options, changing)
-    shape = linear_shape(w, maths, dtypes, backend, [keep_dx, False, False], entropy=entropy)
-    route: Route = "frozen" if keep_dx else "forward"
-    call = open_call(x, w, bias, y, maths, ignore_index, dtypes, budget, shape, [route])
-    kept = call.rows.new_empty(0)
-    if keep_dx:
+    call = decode(encoded, changing)
+    keep = _keeps(call, w)
+    needs = Needs(keep, False, False)
+    planned = PlannedCall.of(x, w, bias, y, call, ["frozen" if keep else "forward"], needs)
+    kept = planned.rows.new_empty(0)
+    if keep:
         # Dropped rows are multiplied by 0: they must not be NaN.
-        make = torch.empty if call.positions is None else torch.zeros
-        kept = make(x.shape, dtype=call.rows.dtype, device=x.device)
+        make = torch.empty if planned.positions is None else torch.zeros
+        kept = make(x.shape, dtype=planned.rows.dtype, device=x.device)
+    top1 = call.entropy or call.objective is None
     with torch.autocast(x.device.type, enabled=False):
-        row_options = dict(objective=objective, ref=ref, value=value, entropy=entropy)
-        for block in blocks_of(call, keep=keep_dx, top1=entropy or not loss, **row_options):
-            if block.kept is not None:
-                kept[block.at] = block.kept
-    return call.rows[lines.LOSS].clone(), call.rows, kept
+        for chunk in seen_chunks(planned, keep=keep, ref=ref, value=value, top1=top1):
+            if chunk.kept is not None:
+                kept[chunk.at] = chunk.kept
+    return planned.rows[lines.LOSS].clone(), planned.rows, kept
+
+
+def _keeps(call: Call, w: Tensor) -> bool:
+    """Whether the head is frozen, so that forward keeps d logp / d x for backward."""
+    return routes_for(call.shape(w), known=False) == ("frozen",)
 
 
 @linear_rows.register_fake
-def _(x, w, bias, y, ref, value, changing, loss, options, ignore_index, entropy, compute_dtype,
-      logits_dtype, accum_dtype, budget, backend, needs, keep_dx):  # fmt: skip
-    rows = new_rows(y, logits_dtype)
-    return rows.new_empty(y.shape), rows, rows.new_empty(x.shape if keep_dx else (0,))
+def _(x, w, bias, y, ref, value, changing, encoded):
+    call = decode(encoded, None)
+    rows = new_rows(y, call.linear.logits_dtype)
+    kept = rows.new_empty(x.shape if _keeps(call, w) else (0,))
+    return rows.new_empty(y.shape), rows, kept
 
 
 @torch.library.custom_op("fused_losses::linear_rows_gradient", mutates_args=())
@@ -78,83 +74,75 @@ def linear_rows_gradient(
     y: Tensor,
     rows: Tensor,
     kept_dx: Tensor,
-    value: Tensor | None,
-    changing: Tensor | None,
     dloss: Tensor | None,
     drows: Tensor | None,
-    loss: str,
-    options: list[float],
-    ignore_index: int,
-    entropy: bool,
-    compute_dtype: torch.dtype,
-    logits_dtype: torch.dtype,
-    accum_dtype: torch.dtype,
-    budget: int,
-    backend: str,
-    needs: list[bool],
+    changing: Tensor | None,
+    encoded: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return dx, dw, db and dvalue, each empty if it is not needed."""
-    dtypes = (compute_dtype, logits_dtype, accum_dtype)
-    maths, objective = unpack(loss, options, changing)
-    c, per_row = coefficients(y, rows, dloss, drows, objective, ignore_index, entropy)
-    dvalue = None if value is None else per_row.to(value.dtype)
+    """Return dx, dw and db, each empty if it is not needed, and dvalue (N,)."""
+    call = decode(encoded, changing)
+    c, dvalue = coefficients(y, rows, dloss, drows, call)
     dx = dw = db = None
     with torch.autocast(x.device.type, enabled=False):
-        if needs[0] and kept_dx.numel():
-            counted = c.map(lambda t: torch.where(y == ignore_index, 0.0, t))
+        if kept_dx.numel():
+            counted = c.map(lambda t: torch.where(y == call.ignore_index, 0.0, t))
             # A kept graph may ask again.
-            dx = hidden_gradient(kept_dx.clone(), y, rows, counted, w, maths).to(x.dtype)
-        elif any(needs):
-            shape = linear_shape(
-                w, maths, dtypes, backend, needs, entropy=entropy, entropy_gradient=entropy
-            )
-            call = open_call(
-                x, w, bias, y, maths, ignore_index, dtypes, budget, shape, ["recompute"]
-            )
-            # Upstream gradients hold 1 / count: bring them near 1 while dz is fp16.
-            size = c.largest() if deferred(compute_dtype) else None
-            near_one = c if size is None else c.map(lambda t: t / size)
-            sums = recompute(call, rows, near_one, needs, accum_dtype)
-            found = (sums.dx, *sums.head_gradients(w, bias))
-            dx, dw, db = (
-                t if t is None or size is None else (t * size).to(own.dtype)
-                for t, own in zip(found, (x, w, x if bias is None else bias), strict=True)
-            )
-    dx, dw, db, dvalue = (or_empty(t, rows) for t in (dx, dw, db, dvalue))
+            dx = hidden_gradient(kept_dx.clone(), y, rows, counted, w, call.maths).to(x.dtype)
+        elif any(call.linear.needs):
+            dx, dw, db = _recomputed(x, w, bias, y, rows, c, call)
+    dx, dw, db = (or_empty(t, rows) for t in (dx, dw, db))
     return dx, dw, db, dvalue
 
 
-@linear_rows_gradient.register_fake
-def _(x, w, bias, y, rows, kept_dx, value, changing, dloss, drows, loss, options, ignore_index,
-      entropy, compute_dtype, logits_dtype, accum_dtype, budget, backend, needs):  # fmt: skip
-    gradients = (
-        torch.empty_like(t, memory_format=torch.contiguous_format) if need else None
-        for t, need in zip((x, w, bias), needs, strict=True)
+def _recomputed(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+    rows: Tensor,
+    c: Any,
+    call: Call,
+) -> tuple[Tensor | None, ...]:
+    planned = PlannedCall.of(x, w, bias, y, call, ["recompute"])
+    if not call.linear.deferred:
+        sums = recompute(planned, rows, c)
+        return sums.dx, *sums.head_gradients(w, bias)
+    # Upstream gradients hold 1 / count: bring them near 1 while dz is fp16.
+    size = c.largest()
+    sums = recompute(planned, rows, c.map(lambda t: t / size))
+    found = (sums.dx, *sums.head_gradients(w, bias))
+    return tuple(
+        t if t is None or own is None else (t * size).to(own.dtype)
+        for t, own in zip(found, (x, w, bias), strict=True)
     )
-    dvalue = None if value is None else value.new_empty(y.shape)
-    return tuple(or_empty(t, rows) for t in (*gradients, dvalue))
+
+
+@linear_rows_gradient.register_fake
+def _(x, w, bias, y, rows, kept_dx, dloss, drows, changing, encoded):
+    needs = decode(encoded, None).linear.needs
+    return *fake_gradients((x, w, bias), needs, rows), torch.empty_like(rows[0])
 
 
 def _setup_rows(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, w, bias, y, _ref, value, changing, *ctx.static, ctx.needs, _keep_dx = inputs
+    x, w, bias, y, _ref, value, changing, ctx.encoded = inputs
     loss, rows, kept_dx = output
-    ctx.save_for_backward(x, w, bias, y, rows, kept_dx, value, changing)
-    ctx.kept_alive = loss_of(ctx.static[0])
-    ctx.mark_non_differentiable(*((rows, kept_dx) if ctx.static[0] else (loss, kept_dx)))
+    ctx.call = decode(ctx.encoded, None)  # holds a user's own loss
+    ctx.value_dtype = None if value is None else value.dtype
+    ctx.save_for_backward(x, w, bias, y, rows, kept_dx, changing)
+    ctx.mark_non_differentiable(kept_dx, rows if ctx.call.objective is not None else loss)
     ctx.set_materialize_grads(False)
 
 
 def _backward_rows(
     ctx: Any, dloss: Tensor | None, drows: Tensor | None, _: Tensor | None
 ) -> tuple[Any, ...]:
-    none = (None,) * 18
     if dloss is None and drows is None:
-        return none
-    saved = ctx.saved_tensors  # once: checkpointing objects to more
-    found = linear_rows_gradient(*saved, dloss, drows, *ctx.static, ctx.needs)
-    wanted = [*ctx.needs, ctx.needs_input_grad[5]]
-    dx, dw, db, dvalue = (t if want else None for t, want in zip(found, wanted, strict=True))
-    return (dx, dw, db, None, None, dvalue, *none[6:])
+        return (None,) * 8
+    *saved, changing = ctx.saved_tensors  # once: checkpointing objects to more
+    *found, dvalue = linear_rows_gradient(*saved, dloss, drows, changing, ctx.encoded)
+    dx, dw, db = (t if need else None for t, need in zip(found, ctx.call.linear.needs, strict=True))
+    dvalue = dvalue.to(ctx.value_dtype) if ctx.needs_input_grad[5] else None
+    return dx, dw, db, None, None, dvalue, None, None
 
 
 linear_rows.register_autograd(_backward_rows, setup_context=_setup_rows)

@@ -11,21 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_losses.backends import Objective
-from fused_losses.engine.chunks import add_chunk, chunks_of
-from fused_losses.engine.gradients import GradientSums
+from fused_losses.engine.call import decode
+from fused_losses.engine.gradients import GradientSums, fake_gradients, or_empty
 from fused_losses.engine.handover import scale_saved
-from fused_losses.engine.head_call import HeadCall
-from fused_losses.engine.linear_call import (
-    deferred,
-    linear_shape,
-    open_call,
-    or_empty,
-)
 from fused_losses.engine.once import once_differentiable
-from fused_losses.engine.registry import unpack
+from fused_losses.engine.planned import PlannedCall
+from fused_losses.engine.ranges import hidden_gradient, recompute, seen_chunks
 from fused_losses.engine.rows import lines, new_rows
-from fused_losses.engine.tiles import blocks_of, hidden_gradient, recompute
+from fused_losses.engine.whole_rows import add_chunk, chunks_of
 from fused_losses.plan import routes_for
 
 
@@ -40,82 +33,53 @@ def linear_loss_sum(
     token_weight: Tensor | None,
     factor: Tensor,
     changing: Tensor | None,
-    loss: str,
-    options: list[float],
-    ignore_index: int,
-    entropy: bool,
-    compute_dtype: torch.dtype,
-    logits_dtype: torch.dtype,
-    accum_dtype: torch.dtype,
-    budget: int,
-    backend: str,
-    needs: list[bool],
+    encoded: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return ``factor * sum(token_weight * loss)``, rows (LINES, N), and dx, dw, db, dvalue.
 
-    ``x`` (N, D), ``w`` (V, D), ``y`` (N,), ``factor`` 0-d; ``needs`` says which of dx, dw, db to
-    make. Only the sum is differentiable.
+    ``x`` (N, D), ``w`` (V, D), ``y`` (N,), ``factor`` 0-d. Only the sum is differentiable.
     """
-    dtypes = (compute_dtype, logits_dtype, accum_dtype)
-    maths, objective = unpack(loss, options, changing)
-    smoothing = 0.0 if objective is None else objective.label_smoothing
-    shape = linear_shape(
-        w, maths, dtypes, backend, needs, label_smoothing=smoothing, entropy=entropy
-    )
-    routes = routes_for(shape, known=True)
-    call = open_call(x, w, bias, y, maths, ignore_index, dtypes, budget, shape, routes)
-    dtype = call.rows.dtype
-    weight = _row_weight(token_weight, factor, y, dtype)
-    wait = deferred(compute_dtype)
-    in_row = _row_weight(token_weight, torch.ones_like(factor), y, dtype) if wait else weight
-    row_options = dict(objective=objective, ref=ref, value=value, entropy=entropy, top1=entropy)
+    call = decode(encoded, changing)
+    planned = PlannedCall.of(x, w, bias, y, call, routes_for(call.shape(w), known=True))
+    rows = planned.rows
+    weight = _row_weight(token_weight, factor, y, rows.dtype)
+    in_row = weight
+    if call.linear.deferred:
+        in_row = _row_weight(token_weight, torch.ones_like(factor), y, rows.dtype)
     with torch.autocast(x.device.type, enabled=False):
-        sums = _run(call, objective, in_row, needs, accum_dtype, row_options)
-    dx, dw, db = (None,) * 3 if sums is None else (sums.dx, *sums.head_gradients(w, bias))
-    rows = call.rows
+        sums = _run(planned, in_row, ref=ref, value=value)
+    gradients = (None,) * 3 if sums is None else (sums.dx, *sums.head_gradients(w, bias))
     total = (weight * rows[lines.LOSS]).sum()
     dvalue = None
-    if value is not None and objective is not None:
-        dvalue = (1.0 + rows[lines.DLOGP]) / objective.beta
-        dvalue = torch.where(y == ignore_index, 0.0, in_row * dvalue).to(value.dtype)
-    dx, dw, db, dvalue = (or_empty(t, rows) for t in (dx, dw, db, dvalue))
+    if value is not None and call.objective is not None:
+        dvalue = (1.0 + rows[lines.DLOGP]) / call.objective.beta
+        dvalue = torch.where(y == call.ignore_index, 0.0, in_row * dvalue).to(value.dtype)
+    dx, dw, db, dvalue = (or_empty(t, rows) for t in (*gradients, dvalue))
     return total, rows, dx, dw, db, dvalue
 
 
 def _run(
-    call: HeadCall,
-    objective: Objective | None,
-    weight: Tensor,
-    needs: list[bool],
-    accum_dtype: torch.dtype,
-    row_options: dict[str, Any],
+    planned: PlannedCall, weight: Tensor, *, ref: Tensor | None, value: Tensor | None
 ) -> GradientSums | None:
-    """Fill ``call.rows`` and return the gradients, by the route of the plan."""
-    route = call.plan.route
-    if route == "forward" or objective is None:
-        for _ in blocks_of(call, **row_options):
+    """Fill ``planned.rows`` and return the gradients, by the route of the plan."""
+    route, objective, top1 = planned.plan.route, planned.call.objective, planned.call.entropy
+    if objective is None or route in ("forward", "recompute"):
+        for _ in seen_chunks(planned, ref=ref, value=value, top1=top1):
             pass
-        return None
-    if route == "recompute":
-        for _ in blocks_of(call, **row_options):
-            pass
-        c = objective.coefficients(weight, call.rows)
-        return recompute(call, call.rows, c, needs, accum_dtype)
-    sums = GradientSums(call, needs, accum_dtype)
+        if objective is None or route == "forward":
+            return None
+        return recompute(planned, planned.rows, objective.coefficients(weight, planned.rows))
+    sums = GradientSums(planned)
     if route == "frozen":
-        for block in blocks_of(call, keep=True, **row_options):
-            if sums.dx is not None and block.kept is not None:
-                c = objective.coefficients(weight[block.at], block.rows)
-                head = call.head.weight
-                dx = hidden_gradient(block.kept, block.y, block.rows, c, head, call.maths)
-                sums.dx[block.at] = dx.to(sums.dx.dtype)
+        for seen in seen_chunks(planned, keep=True, ref=ref, value=value, top1=top1):
+            if sums.dx is not None and seen.kept is not None:
+                c = objective.coefficients(weight[seen.at], seen.rows)
+                head, maths = planned.head.weight, planned.call.maths
+                dx = hidden_gradient(seen.kept, seen.y, seen.rows, c, head, maths)
+                sums.dx[seen.at] = dx.to(sums.dx.dtype)
         return sums
-    for chunk in chunks_of(call):
-        if call.plan.exponentials:
-            chunk.row_pass(exponentials=True, **row_options)
-            chunk.differentiate(objective.coefficients(weight[chunk.at], chunk.rows))
-        else:
-            chunk.row_pass(weight=weight, **row_options)
+    for chunk in chunks_of(planned):
+        chunk.row_pass(ref=ref, value=value, weight=weight, top1=top1)
         add_chunk(sums, chunk)
     return sums
 
@@ -129,54 +93,34 @@ def _row_weight(
 
 
 @linear_loss_sum.register_fake
-def _(x, w, bias, y, ref, value, token_weight, factor, changing, loss, options, ignore_index,
-      entropy, compute_dtype, logits_dtype, accum_dtype, budget, backend, needs):  # fmt: skip
-    rows = new_rows(y, logits_dtype)
-    waiting = torch.float32 if deferred(compute_dtype) else None
-    gradients = (
-        torch.empty_like(t, dtype=waiting, memory_format=torch.contiguous_format) if need else None
-        for t, need in zip((x, w, bias), needs, strict=True)
-    )
-    dvalue = None if value is None else value.new_empty(y.shape)
-    return rows.new_empty(()), rows, *(or_empty(t, rows) for t in (*gradients, dvalue))
+def _(x, w, bias, y, ref, value, token_weight, factor, changing, encoded):
+    head = decode(encoded, None).linear
+    rows = new_rows(y, head.logits_dtype)
+    waiting = torch.float32 if head.deferred else None
+    gradients = fake_gradients((x, w, bias), head.needs, rows, dtype=waiting)
+    dvalue = rows.new_empty(0) if value is None else value.new_empty(y.shape)
+    return rows.new_empty(()), rows, *gradients, dvalue
 
 
 def _setup_sum(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    (
-        x,
-        w,
-        bias,
-        _y,
-        _ref,
-        value,
-        _tw,
-        factor,
-        *_,
-        compute_dtype,
-        _logits,
-        _accum,
-        _budget,
-        _backend,
-        needs,
-    ) = inputs
+    x, w, bias, _y, _ref, value, _token_weight, factor, _changing, encoded = inputs
     ctx.save_for_backward(x, w, bias, value, factor, *output[2:])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.needs, ctx.deferred = needs, deferred(compute_dtype)
+    ctx.head = decode(encoded, None).linear
 
 
 def _backward_sum(ctx: Any, dtotal: Tensor | None, *_: Any) -> tuple[Any, ...]:
     x, w, bias, value, factor, *gradients = ctx.saved_tensors
-    none = (None,) * 19
     if dtotal is None:
-        return none
-    wanted = [*ctx.needs, ctx.needs_input_grad[5]]
+        return (None,) * 10
+    wanted = [*ctx.head.needs, ctx.needs_input_grad[5]]
     saved = [t if want else None for t, want in zip(gradients, wanted, strict=True)]
     with torch.no_grad():
-        scale = dtotal * factor if ctx.deferred else dtotal
+        scale = dtotal * factor if ctx.head.deferred else dtotal
     scaled = scale_saved(saved, [x, w, bias, value], scale)
     dx, dw, db, dvalue = once_differentiable(scaled, [dtotal, x, w, bias, value])
-    return (dx, dw, db, None, None, dvalue, *none[6:])
+    return dx, dw, db, None, None, dvalue, None, None, None, None
 
 
 linear_loss_sum.register_autograd(_backward_sum, setup_context=_setup_sum)

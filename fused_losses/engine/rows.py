@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fused_losses.backends import Coefficients, Objective, lines
+from fused_losses.backends import Coefficients, lines
+from fused_losses.engine.call import Call
+from fused_losses.stats import TokenStats
 
-__all__ = ["Coefficients", "accumulation_dtype", "coefficients", "lines", "new_rows"]
+__all__ = ["Coefficients", "coefficients", "lines", "new_rows", "stats_of"]
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -21,28 +23,36 @@ def new_rows(y: Tensor, dtype: torch.dtype, *, zero: bool = False) -> Tensor:
     return make(lines.LINES, y.numel(), dtype=accumulation_dtype(dtype), device=y.device)
 
 
+def stats_of(rows: Tensor, *, entropy: bool) -> TokenStats:
+    """Return the statistics among row results, (N,) each."""
+    return TokenStats(
+        rows[lines.LOGP],
+        rows[lines.LSE],
+        rows[lines.ENTROPY] if entropy else None,
+        rows[lines.TOP1] != 0.0,
+    )
+
+
 def coefficients(
     y: Tensor,
     rows: Tensor,
     dloss: Tensor | None,
     drows: Tensor | None,
-    objective: Objective | None,
-    ignore_index: int,
-    entropy: bool,
+    call: Call,
 ) -> tuple[Coefficients, Tensor]:
     """Combine the upstream gradients of the per-token loss and of the row statistics.
 
     Returns the coefficients of the logits' gradient, and the gradient of ``value`` (N,).
     """
-    nothing = torch.zeros_like(rows[0])
+    nothing, objective = torch.zeros_like(rows[0]), call.objective
     c, dvalue = Coefficients(nothing), nothing
     if dloss is not None and objective is not None:
         c = objective.coefficients(dloss, rows)
         # Equation (7). Ignored rows have no loss, whatever comes from upstream.
         dvalue = (1.0 + rows[lines.DLOGP]) / objective.beta
-        dvalue = torch.where(y == ignore_index, 0.0, dloss * dvalue)
+        dvalue = torch.where(y == call.ignore_index, 0.0, dloss * dvalue)
     if drows is not None:
         dlse = drows[lines.LSE] if c.dlse is None else c.dlse + drows[lines.LSE]
-        dentropy = drows[lines.ENTROPY] if entropy else None
+        dentropy = drows[lines.ENTROPY] if call.entropy else None
         c = Coefficients(c.dlogp + drows[lines.LOGP], dlse, c.dmean, dentropy)
     return c, dvalue

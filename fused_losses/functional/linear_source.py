@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,19 +11,21 @@ from torch import Tensor
 
 from fused_losses.arguments import refuse_unserved
 from fused_losses.backends import Objective, resolve_backend
-from fused_losses.engine.linear_call import linear_shape
+from fused_losses.engine.call import Call, HeadOptions, Needs
 from fused_losses.engine.linear_rows import linear_rows
 from fused_losses.engine.linear_sum import linear_loss_sum
 from fused_losses.engine.main_grad import through_main_grad
-from fused_losses.engine.registry import pack
+from fused_losses.engine.rows import stats_of
+from fused_losses.engine.unit_sum import UnitLayout, UnitLoss, loss_of_rows, unit_sum
 from fused_losses.functional.observe import report_plan
 from fused_losses.functional.options import Options, parse_options, split_linear
-from fused_losses.functional.sources import wants_gradient
+from fused_losses.functional.sources import lays_out_units, wants_gradient
 from fused_losses.functional.tokens import Tokens, check_device, check_float
 from fused_losses.plan import (
-    LinearShape,
+    Plan,
     check_budget,
     plan_linear,
+    plan_units,
     routes_for,
     workspace_budget,
 )
@@ -38,10 +40,7 @@ class LinearSource:
     bias: Tensor | None
     options: Options
     backend: str
-    compute_dtype: torch.dtype
-    logits_dtype: torch.dtype
-    accum_dtype: torch.dtype
-    budget: int
+    head: HeadOptions
 
     @staticmethod
     def of(
@@ -76,56 +75,40 @@ class LinearSource:
                 f"accum_dtype must be torch.float32, torch.float64 or the compute dtype {compute}, "
                 f"got {accum_dtype}"
             )
-        return LinearSource(
-            input,
-            through_main_grad(linear_weight),
-            None if bias is None else bias.contiguous(),
-            options,
-            resolve_backend(options.backend, device),
+        weight = through_main_grad(linear_weight)
+        bias = None if bias is None else bias.contiguous()
+        head = HeadOptions(
             compute,
             logits_dtype,
             accum_dtype,
             workspace_budget(linear.get("workspace_bytes"), device),
+            Needs(wants_gradient(input), wants_gradient(weight), wants_gradient(bias)),
         )
+        backend = resolve_backend(options.backend, device)
+        return LinearSource(input, weight, bias, options, backend, head)
 
     def tokens(self, target: Any) -> Tokens:
         """See :class:`Source`."""
         return Tokens.of(target, self.input, self.weight.shape[0], "input", self.options)
 
     @property
-    def needs(self) -> list[bool]:
-        """Who needs a gradient: input, weight, bias."""
-        return [wants_gradient(self.input), wants_gradient(self.weight), wants_gradient(self.bias)]
-
-    @property
     def x(self) -> Tensor:
         """Hidden states, (N, D)."""
         return self.input.reshape(-1, self.input.shape[-1])
 
-    def shape(self, *, entropy: bool, entropy_gradient: bool = False) -> LinearShape:
-        """What the planner needs to know."""
-        return linear_shape(
-            self.weight,
-            self.options.maths,
-            (self.compute_dtype, self.logits_dtype, self.accum_dtype),
-            self.backend,
-            self.needs,
-            label_smoothing=self.options.label_smoothing,
-            entropy=entropy,
-            entropy_gradient=entropy_gradient,
-        )
-
-    def _explain(self, tokens: Tokens, shape: LinearShape, *, known: bool) -> None:
-        routes = routes_for(shape, known=known)
-        report_plan(lambda: plan_linear(routes, tokens.count(), shape, self.budget))
-
-    def token_loss(
-        self, tokens: Tokens, o: Objective, ref: Tensor | None, value: Tensor | None, entropy: bool
+    def losses(
+        self,
+        tokens: Tokens,
+        o: Objective,
+        ref: Tensor | None,
+        value: Tensor | None,
+        *,
+        entropy: bool,
     ) -> tuple[Tensor, Tensor]:
         """See :class:`Source`."""
-        return self._rows(tokens, o, ref, value, entropy, entropy_gradient=False)
+        return self._rows(tokens, self._call(o, entropy=entropy), ref, value)
 
-    def token_loss_sum(
+    def loss_sum(
         self,
         tokens: Tokens,
         o: Objective,
@@ -133,11 +116,13 @@ class LinearSource:
         value: Tensor | None,
         token_weight: Tensor | None,
         factor: Tensor,
+        *,
         entropy: bool,
     ) -> tuple[Tensor, Tensor]:
         """See :class:`Source`."""
-        self._explain(tokens, self.shape(entropy=entropy), known=True)
-        key, constants, changing = pack(self.options.maths, o)
+        call = self._call(o, entropy=entropy)
+        self._explain(tokens, call, known=True)
+        encoded, changing = call.encode()
         total, rows, *_ = linear_loss_sum(
             self.x,
             self.weight,
@@ -148,61 +133,74 @@ class LinearSource:
             token_weight,
             factor,
             changing,
-            key,
-            constants,
-            tokens.ignore_index,
-            entropy,
-            self.compute_dtype,
-            self.logits_dtype,
-            self.accum_dtype,
-            self.budget,
-            self.backend,
-            self.needs,
+            encoded,
         )
         return total, rows
 
-    def statistics(self, tokens: Tokens, *, entropy: bool, entropy_gradient: bool = True) -> Tensor:
-        """See :class:`Source`."""
-        wanted = entropy and entropy_gradient
-        return self._rows(tokens, None, None, None, entropy, entropy_gradient=wanted)[1]
-
-    def _rows(
+    def unit_sum(
         self,
         tokens: Tokens,
-        o: Objective | None,
-        ref: Tensor | None,
-        value: Tensor | None,
-        entropy: bool,
+        unit_of: Tensor | None,
+        loss_fn: UnitLoss,
         *,
-        entropy_gradient: bool,
+        entropy: bool,
+        entropy_gradient: bool = False,
     ) -> tuple[Tensor, Tensor]:
+        """See :class:`Source`.
+
+        With a frozen head, without gradients, and where recomputing the rows in backward is cheaper
+        or the only way, whole units need not be in one chunk: ``loss_fn`` is called once on all.
+        """
+        call = self._call(None, entropy=entropy, entropy_gradient=entropy_gradient)
+        shape = call.shape(self.weight)
+        if not lays_out_units(tokens):
+            _, rows = self._rows(tokens, call, None, None)
+            return loss_fn(stats_of(rows, entropy=entropy), None), rows
+        layout = UnitLayout.of(tokens.y, unit_of, tokens.ignore_index)
+        trained = shape.need_gradient and not shape.head_is_frozen
+        plan = plan_units(layout.sizes, shape, self.head.budget) if trained else None
+        if plan is not None:
+            report_plan(lambda: plan)
+            operands = (self.x, self.weight, self.bias, tokens.y)
+            return unit_sum(*operands, layout, call, plan, loss_fn)
+        _, rows = self._rows(tokens, call, None, None)
+        return loss_of_rows(rows, layout, call, loss_fn), rows
+
+    def statistics(self, tokens: Tokens, *, entropy: bool, entropy_gradient: bool = True) -> Tensor:
+        """See :class:`Source`."""
         # Whether an entropy will be differentiated is not known before backward: assume it.
-        shape = self.shape(entropy=entropy, entropy_gradient=entropy_gradient)
-        self._explain(tokens, shape, known=False)
-        key, constants, changing = pack(self.options.maths, o)
-        (route,) = routes_for(shape, known=False)
-        check_budget([route], shape, self.budget)  # backward must not be the first to object
-        loss, rows, _ = linear_rows(
-            self.x,
-            self.weight,
-            self.bias,
-            tokens.y,
-            ref,
-            value,
-            changing,
-            key,
-            constants,
-            tokens.ignore_index,
+        call = self._call(None, entropy=entropy, entropy_gradient=entropy and entropy_gradient)
+        return self._rows(tokens, call, None, None)[1]
+
+    def _call(self, o: Objective | None, *, entropy: bool, entropy_gradient: bool = False) -> Call:
+        return Call(
+            self.options.maths,
+            o,
+            self.options.ignore_index,
             entropy,
-            self.compute_dtype,
-            self.logits_dtype,
-            self.accum_dtype,
-            self.budget,
             self.backend,
-            self.needs,
-            route == "frozen",
+            head=replace(self.head, entropy_gradient=entropy_gradient),
         )
+
+    def _rows(
+        self, tokens: Tokens, call: Call, ref: Tensor | None, value: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        self._explain(tokens, call, known=False)
+        shape = call.shape(self.weight)
+        # Backward must not be the first to object.
+        check_budget(routes_for(shape, known=False), shape, self.head.budget)
+        encoded, changing = call.encode()
+        operands = (self.x, self.weight, self.bias, tokens.y)
+        loss, rows, _ = linear_rows(*operands, ref, value, changing, encoded)
         return loss, rows
+
+    def _explain(self, tokens: Tokens, call: Call, *, known: bool) -> None:
+        def plan() -> Plan:
+            shape = call.shape(self.weight)
+            routes = routes_for(shape, known=known)
+            return plan_linear(routes, tokens.count(), shape, self.head.budget)
+
+        report_plan(plan)
 
 
 def open_source(

@@ -17,7 +17,7 @@ from fused_losses.functional.options import (
     refuse_loss_options,
 )
 from fused_losses.functional.pairs import SFTTerm, run_dpo
-from fused_losses.functional.token_level import run_statistics
+from fused_losses.functional.sources import statistics_of
 from fused_losses.preference import LossType, parse_pair_options
 from fused_losses.stats import TokenStats
 from fused_losses.token_losses import TokenLoss
@@ -300,4 +300,4 @@ def token_stats(
     options = parse_options(token_stats, common)
     refuse_loss_options(options, "by token statistics")
     check_flag("entropy", entropy)
-    return run_statistics(LogitsSource.of(logits, options), target, entropy=entropy)
+    return statistics_of(LogitsSource.of(logits, options), target, entropy=entropy)

@@ -9,8 +9,10 @@ from torch import Tensor
 
 from fused_losses.arguments import check_flag, refuse_unserved
 from fused_losses.backends import Objective, resolve_backend
-from fused_losses.engine.logits import logits_rows
-from fused_losses.engine.registry import pack
+from fused_losses.engine.call import Call
+from fused_losses.engine.logits_rows import logits_rows
+from fused_losses.engine.rows import stats_of
+from fused_losses.engine.unit_sum import UnitLoss
 from fused_losses.functional.observe import report_plan
 from fused_losses.functional.options import Options
 from fused_losses.functional.sources import wants_gradient
@@ -56,6 +58,52 @@ class LogitsSource:
         """See :class:`Source`."""
         return Tokens.of(target, self.logits, self.logits.shape[-1], "logits", self.options)
 
+    def losses(
+        self,
+        tokens: Tokens,
+        o: Objective,
+        ref: Tensor | None,
+        value: Tensor | None,
+        *,
+        entropy: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """See :class:`Source`."""
+        return self._rows(tokens, o, ref, value, entropy)
+
+    def loss_sum(
+        self,
+        tokens: Tokens,
+        o: Objective,
+        ref: Tensor | None,
+        value: Tensor | None,
+        token_weight: Tensor | None,
+        factor: Tensor,
+        *,
+        entropy: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """See :class:`Source`."""
+        loss, rows = self._rows(tokens, o, ref, value, entropy)
+        if token_weight is not None:
+            loss = loss * token_weight.to(loss.dtype)
+        return loss.sum() * factor.to(loss.dtype), rows
+
+    def unit_sum(
+        self,
+        tokens: Tokens,
+        unit_of: Tensor | None,
+        loss_fn: UnitLoss,
+        *,
+        entropy: bool,
+        entropy_gradient: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """See :class:`Source`; the loss is autograd's own function of all rows."""
+        rows = self.statistics(tokens, entropy=entropy)
+        return loss_fn(stats_of(rows, entropy=entropy), None), rows
+
+    def statistics(self, tokens: Tokens, *, entropy: bool, entropy_gradient: bool = True) -> Tensor:
+        """See :class:`Source`."""
+        return self._rows(tokens, None, None, None, entropy)[1]
+
     def _rows(
         self,
         tokens: Tokens,
@@ -72,46 +120,10 @@ class LogitsSource:
                 need_gradient=wants_gradient(self.logits) or wants_gradient(value),
             )
         )
-        key, constants, changing = pack(self.options.maths, o)
+        options = self.options
+        call = Call(options.maths, o, options.ignore_index, entropy, self.backend, self.inplace)
+        encoded, changing = call.encode()
         # (B, T, V): the kernels take any strides of three dimensions, so slices are not copied.
         z = self.logits
         z = z.flatten(0, -3) if z.dim() > 3 else z if z.dim() > 1 else z[None]
-        return logits_rows(
-            z,
-            tokens.y,
-            ref,
-            value,
-            changing,
-            key,
-            constants,
-            tokens.ignore_index,
-            entropy,
-            self.inplace,
-            self.backend,
-        )
-
-    def token_loss(
-        self, tokens: Tokens, o: Objective, ref: Tensor | None, value: Tensor | None, entropy: bool
-    ) -> tuple[Tensor, Tensor]:
-        """See :class:`Source`."""
-        return self._rows(tokens, o, ref, value, entropy)
-
-    def token_loss_sum(
-        self,
-        tokens: Tokens,
-        o: Objective,
-        ref: Tensor | None,
-        value: Tensor | None,
-        token_weight: Tensor | None,
-        factor: Tensor,
-        entropy: bool,
-    ) -> tuple[Tensor, Tensor]:
-        """See :class:`Source`."""
-        loss, rows = self._rows(tokens, o, ref, value, entropy)
-        if token_weight is not None:
-            loss = loss * token_weight.to(loss.dtype)
-        return loss.sum() * factor.to(loss.dtype), rows
-
-    def statistics(self, tokens: Tokens, *, entropy: bool, entropy_gradient: bool = True) -> Tensor:
-        """See :class:`Source`."""
-        return self._rows(tokens, None, None, None, entropy)[1]
+        return logits_rows(z, tokens.y, ref, value, changing, encoded)

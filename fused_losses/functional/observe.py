@@ -66,10 +66,11 @@ def statistics_wanted() -> bool:
     return observer is not None and not observer.explaining
 
 
-def report_stats(stats: TokenStats | PairStats) -> None:
+def report_stats(make_stats: Callable[[], TokenStats | PairStats]) -> None:
     """Hand the statistics of the running call to whoever observes it."""
     observer = _current()
     if observer is not None:
+        stats = make_stats()
         observer.stats = stats._replace(
             **{k: t.detach() for k, t in stats._asdict().items() if t is not None}
         )

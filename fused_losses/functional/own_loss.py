@@ -10,12 +10,11 @@ from torch import Tensor
 
 from fused_losses.arguments import check_flag, expand_units
 from fused_losses.backends import lines
-from fused_losses.engine.units import UnitChunk
+from fused_losses.engine.unit_sum import UnitChunk
 from fused_losses.functional.linear_source import open_source
 from fused_losses.functional.observe import report_stats, statistics_wanted
 from fused_losses.functional.options import SharedLinearOptions, refuse_loss_options
-from fused_losses.functional.token_level import run_statistics, stats_of
-from fused_losses.functional.units import runs_whole_units, sum_over_units
+from fused_losses.functional.sources import lays_out_units, statistics_of
 from fused_losses.stats import TokenStats, call_on_stats
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -63,7 +62,7 @@ def linear_token_stats(
     source, options = open_source(linear_token_stats, input, linear_weight, common, precise=True)
     refuse_loss_options(options, "by token statistics")
     check_flag("entropy", entropy)
-    return run_statistics(source, target, entropy=entropy)
+    return statistics_of(source, target, entropy=entropy)
 
 
 @_eager_only
@@ -116,16 +115,19 @@ def linear_loss(
     unit_of = None
     if units is not None:
         unit_of = tokens.flat("units", expand_units(units, tokens.shape))
-    watched = statistics_wanted()
-    if not runs_whole_units(tokens):
+    if not lays_out_units(tokens):
         # The result is 0-d whatever loss_fn is; how many tokens it would get is data.
         return source.statistics(tokens, entropy=entropy)[lines.LOGP].sum()
+    watched = statistics_wanted()
 
-    def call(stats: TokenStats, chunk: UnitChunk) -> Tensor:
-        # With shift, the row at t scores the label at t + 1 of the same sequence.
+    def call(stats: TokenStats, units: UnitChunk | None) -> Tensor:
         asked = stats if entropy else stats._replace(entropy=None)
-        return call_on_stats(loss_fn, asked, chunk.positions + options.shift)
+        positions = tokens.counted.nonzero()[:, 0] if units is None else units.positions
+        # With shift, the row at t scores the label at t + 1 of the same sequence.
+        return call_on_stats(loss_fn, asked, positions + options.shift)
 
-    loss, rows = sum_over_units(source, tokens, unit_of, call, entropy=entropy or watched)
-    report_stats(stats_of(rows, tokens, entropy=entropy or watched))
+    loss, rows = source.unit_sum(
+        tokens, unit_of, call, entropy=entropy or watched, entropy_gradient=entropy
+    )
+    report_stats(lambda: tokens.stats(rows, entropy=entropy or watched))
     return loss

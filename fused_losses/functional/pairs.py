@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,17 +11,12 @@ from torch import Tensor
 
 from fused_losses.arguments import check_number, has_data, plain
 from fused_losses.backends import lines
-from fused_losses.engine.segments import segment_sum
-from fused_losses.engine.units import UnitChunk
-from fused_losses.functional.linear_source import LinearSource
+from fused_losses.engine.unit_sum import UnitChunk
 from fused_losses.functional.observe import PairStats, report_stats, statistics_wanted
-from fused_losses.functional.options import Options, check_num_items
-from fused_losses.functional.reduction import mean_factor
-from fused_losses.functional.sequence_level import log_ratios, offsets_of
+from fused_losses.functional.options import Options, check_num_items, mean_factor
+from fused_losses.functional.responses import Responses
 from fused_losses.functional.sources import Source
-from fused_losses.functional.token_level import stats_of
 from fused_losses.functional.tokens import Tokens, check_device, check_reference
-from fused_losses.functional.units import runs_whole_units, sum_over_units
 from fused_losses.preference import (
     PAIR_LOSSES,
     PairOptions,
@@ -48,62 +42,80 @@ class SFTTerm:
 
 
 @dataclass(frozen=True)
-class _Reference:
-    """References per token (N,), or per sequence (2B,), or neither."""
-
-    token: Tensor | None = None
-    sequence: Tensor | None = None
-
-
-@dataclass(frozen=True)
 class _Batch:
-    """Pairs of a call, before their log-probs are known; all that is per response is (2B,)."""
+    """Pairs of a call, before their log-probs are known.
 
-    tokens: Tokens
-    ref: _Reference
+    Attributes:
+        responses: Both sides of each pair; what is per response is (B, 2), chosen and rejected.
+        lengths: (B, 2) counted tokens.
+        ref: (N,) reference log-probs of the rows, or None.
+        ref_sums: (B, 2) those of whole responses, where they came so, or None.
+        o: Options of the pair loss.
+    """
+
+    responses: Responses
     lengths: Tensor
+    ref: Tensor | None
+    ref_sums: Tensor | None
     o: PairOptions
-    backend: str
+
+    @staticmethod
+    def of(tokens: Tokens, backend: str, ref_logps: Any, o: PairOptions) -> _Batch:
+        """Check that rows are [chosen; rejected], and the references."""
+        if len(tokens.shape) < 2:
+            raise ValueError(
+                "target must be (2B, T) with rows [chosen; rejected], got a target of shape "
+                f"{tuple(tokens.shape)}"
+            )
+        if tokens.shape[0] % 2:
+            raise ValueError(
+                "target must have an even number of rows, B chosen followed by B rejected, "
+                f"got {tokens.shape[0]}"
+            )
+        if len(tokens.shape) > 2:
+            raise ValueError(f"target must be (2B, T), got {tuple(tokens.shape)}")
+        responses = Responses.rows_of(tokens, backend, sides=2)
+        ref, ref_sums = _reference(ref_logps, tokens)
+        lengths = responses.lengths()
+        if ref_sums is not None:
+            # An empty response has log-ratio 0, whatever its reference.
+            ref_sums = torch.where(lengths > 0, ref_sums, 0.0)
+        return _Batch(responses, lengths, ref, ref_sums, o)
 
     @property
     def present(self) -> Tensor:
         """(B,): pairs with a counted token; another one has no loss, and no mean counts it."""
-        chosen, rejected = _split(self.lengths)
-        return chosen + rejected > 0
+        return self.lengths.sum(1) > 0
 
     @property
-    def row_offsets(self) -> Tensor:
-        rows, T = self.tokens.shape
-        return torch.arange(rows + 1, device=self.tokens.y.device) * T
+    def whole(self) -> bool:
+        """Whether a pair's loss depends on the other pairs."""
+        return PAIR_LOSSES[self.o.loss_type].whole_batch
 
-    def sums(self, per_token: Tensor) -> Tensor:
-        """Sum (N,) rows per response."""
-        return segment_sum(per_token, self.row_offsets, self.backend)
-
-    def without_reference(self, sums: Tensor, rows: Tensor | None = None) -> Tensor:
-        """Subtract the references of responses ``rows``, where they came per sequence.
-
-        An empty response has log-ratio 0, whatever its reference.
-        """
-        if self.ref.sequence is None:
-            return sums
-        given = torch.where(self.lengths > 0, self.ref.sequence, 0.0)
-        return sums - (given if rows is None else given[rows]).to(sums.dtype)
-
-    def pairs(self, logps: Tensor) -> Pairs:
-        """All pairs of the batch, from log-probs (N,) that are 0 where nothing counts."""
-        ratio = log_ratios(logps, self.ref.token, self.tokens.counted)
-        ratios = self.without_reference(self.sums(ratio))
-        margin = self._reference_margin() if PAIR_LOSSES[self.o.loss_type].whole_batch else None
-        return Pairs(*_split(ratios), self.o, *_split(self.lengths), margin, present=self.present)
+    def pairs(self, logps: Tensor, units: UnitChunk | None = None) -> Pairs:
+        """Return the pairs of a chunk, or all, from log-probs as ``Responses.sums`` takes them."""
+        sums = self.responses.log_ratio_sums(logps, self.ref, units)
+        lengths, given = self.lengths, self.ref_sums
+        if units is not None:
+            lengths, given = lengths[units.ids], None if given is None else given[units.ids]
+        if given is not None:
+            sums = sums - given.to(sums.dtype)
+        return Pairs(
+            sums[:, 0],
+            sums[:, 1],
+            self.o,
+            lengths[:, 0],
+            lengths[:, 1],
+            reference_margin=self._reference_margin() if self.whole else None,
+            present=self.present if units is None else None,
+        )
 
     def _reference_margin(self) -> Tensor | None:
-        sums = None
-        if self.ref.token is not None:
-            sums = self.sums(torch.where(self.tokens.counted, self.ref.token, 0.0))
-        elif self.ref.sequence is not None:
-            sums = torch.where(self.lengths > 0, self.ref.sequence, 0.0)
-        return None if sums is None else sums[: len(sums) // 2] - sums[len(sums) // 2 :]
+        sums = self.ref_sums
+        if self.ref is not None:
+            counted = self.responses.tokens.counted
+            sums = self.responses.sums(torch.where(counted, self.ref, 0.0))
+        return None if sums is None else sums[:, 0] - sums[:, 1]
 
 
 def run_dpo(
@@ -119,38 +131,33 @@ def run_dpo(
     sft = _checked(sft, options)
     refuse_reference(o.loss_type, "ref_logps", ref_logps)
     tokens = source.tokens(target)
-    if len(tokens.shape) < 2:
-        raise ValueError(
-            "target must be (2B, T) with rows [chosen; rejected], got a target of shape "
-            f"{tuple(tokens.shape)}"
-        )
-    if tokens.shape[0] % 2:
-        raise ValueError(
-            "target must have an even number of rows, B chosen followed by B rejected, "
-            f"got {tokens.shape[0]}"
-        )
-    if len(tokens.shape) > 2:
-        raise ValueError(f"target must be (2B, T), got {tuple(tokens.shape)}")
-    ref = _reference(ref_logps, tokens)
-    lengths = tokens.counted.view(tokens.shape).sum(1)
-    _warn_of_empty(lengths)
-    batch = _Batch(tokens, ref, lengths, o, source.backend)
+    batch = _Batch.of(tokens, source.backend, ref_logps, o)
+    _warn_of_empty(batch.lengths)
     factor = mean_factor(batch.present.sum(), options)
     sft_factor = _sft_factor(sft, batch, factor, options)
     entropy = statistics_wanted()
-    fused = options.reduction != "none" and runs_whole_units(tokens)
-    if fused and isinstance(source, LinearSource):
-        loss, rows = _sum_over_pairs(source, batch, factor, sft_factor, entropy)
-    else:
+
+    def total(stats: TokenStats, units: UnitChunk | None) -> Tensor:
+        logps = stats.logps
+        if batch.whole and units is not None:
+            # One unit holds all pairs, but of their tokens only those that count.
+            logps = logps.new_zeros(tokens.y.shape).index_copy(0, units.positions, logps)
+            units = None
+        loss = score(batch.pairs(logps, units)).sum() * factor.to(logps.dtype)
+        if sft_factor is None:
+            return loss
+        chosen = batch.responses.sums(logps, units)[:, 0]
+        return loss - chosen.sum() * sft_factor.to(loss.dtype)
+
+    if options.reduction == "none":
         rows = source.statistics(tokens, entropy=entropy, entropy_gradient=False)
         loss = score(batch.pairs(rows[lines.LOGP]))
-        if options.reduction != "none":
-            loss = loss.sum() * factor.to(loss.dtype)
-            if sft_factor is not None:
-                chosen, _ = _split(batch.sums(rows[lines.LOGP]))
-                loss = loss - chosen.sum() * sft_factor.to(loss.dtype)
-    if entropy:
-        _report(rows.detach(), batch)
+    else:
+        # Both responses of a pair are in one chunk: the pair is the unit, or the whole batch is.
+        unit_of = batch.responses.unit_of
+        unit_of = torch.zeros_like(unit_of) if batch.whole else unit_of
+        loss, rows = source.unit_sum(tokens, unit_of, total, entropy=entropy)
+    report_stats(lambda: _stats(rows.detach(), batch))
     return loss
 
 
@@ -169,7 +176,7 @@ def _sft_factor(sft: SFTTerm, batch: _Batch, factor: Tensor, options: Options) -
     """Return what the summed negative log-likelihood is multiplied by; None: there is no term."""
     if sft.weight == 0.0:
         return None
-    tokens = _split(batch.lengths)[0].sum()
+    tokens = batch.lengths[:, 0].sum()
     found = sft.weight * mean_factor(tokens, replace(options, num_items=sft.num_items))
     if options.num_items is not None and sft.num_items is None:
         # Of an accumulated batch this one is so large a part.
@@ -177,75 +184,27 @@ def _sft_factor(sft: SFTTerm, batch: _Batch, factor: Tensor, options: Options) -
     return found
 
 
-def _split(t: Tensor) -> tuple[Tensor, Tensor]:
-    B = t.shape[0] // 2
-    return t[:B], t[B:]
+def _stats(rows: Tensor, batch: _Batch) -> PairStats:
+    logps = rows[lines.LOGP]
+    per_token = batch.responses.tokens.stats(rows, entropy=True)
+    sums = batch.responses.sums(logps)
+    return PairStats(*per_token, sums[:, 0], sums[:, 1], *rewards(batch.pairs(logps)))
 
 
-def _sum_over_pairs(
-    source: LinearSource,
-    batch: _Batch,
-    factor: Tensor,
-    sft_factor: Tensor | None,
-    entropy: bool,
-) -> tuple[Tensor, Tensor]:
-    """Both responses of a pair are in one chunk: the pair is the unit, or the whole batch is."""
-    tokens, ref = batch.tokens, batch.ref
-    rows, T = tokens.shape
-    B = rows // 2
-    # Sort by pair, then chosen before rejected: responses are runs.
-    sequence = torch.arange(tokens.y.numel(), device=tokens.y.device) // max(T, 1)
-    pair = sequence % max(B, 1)
-
-    def total(pairs: Pairs, chosen_logps: Callable[[], Tensor]) -> Tensor:
-        loss = score(pairs).sum() * factor.to(pairs.chosen.dtype)
-        if sft_factor is None:
-            return loss
-        return loss - chosen_logps().sum() * sft_factor.to(loss.dtype)
-
-    def loss_of_batch(stats: TokenStats, units: UnitChunk) -> Tensor:
-        logps = stats.logps.new_zeros(tokens.y.shape).index_copy(0, units.positions, stats.logps)
-        return total(batch.pairs(logps), lambda: _split(batch.sums(logps))[0])
-
-    def loss_of_pairs(stats: TokenStats, units: UnitChunk) -> Tensor:
-        at, ids = units.positions, units.ids
-        ratio = stats.logps
-        if ref.token is not None:
-            ratio = ratio - ref.token[at].to(ratio.dtype)
-        # Tokens of a pair keep their order, so its chosen response comes first.
-        response = 2 * torch.searchsorted(ids, pair[at]) + (sequence[at] >= B)
-        offsets = offsets_of(response, 2 * ids.numel())
-        both = torch.stack([ids, ids + B], 1).reshape(-1)
-        sums = batch.without_reference(segment_sum(ratio, offsets, batch.backend), both)
-        n = batch.lengths[both]
-        pairs = Pairs(sums[::2], sums[1::2], batch.o, n[::2], n[1::2])
-        return total(pairs, lambda: segment_sum(stats.logps, offsets, batch.backend)[::2])
-
-    if PAIR_LOSSES[batch.o.loss_type].whole_batch:
-        unit = torch.zeros_like(pair)
-        return sum_over_units(source, tokens, unit, loss_of_batch, entropy=entropy)
-    return sum_over_units(source, tokens, pair, loss_of_pairs, entropy=entropy)
-
-
-def _report(rows: Tensor, batch: _Batch) -> None:
-    logps = batch.sums(rows[lines.LOGP])
-    per_token = stats_of(rows, batch.tokens, entropy=True)
-    report_stats(PairStats(*per_token, *_split(logps), *rewards(batch.pairs(rows[lines.LOGP]))))
-
-
-def _reference(ref_logps: Any, tokens: Tokens) -> _Reference:
+def _reference(ref_logps: Any, tokens: Tokens) -> tuple[Tensor | None, Tensor | None]:
+    """Return references per token (N,), or per response (B, 2), or neither."""
     if ref_logps is None:
-        return _Reference()
+        return None, None
     check_reference(ref_logps)
     if ref_logps.shape == tokens.shape[:1]:
         check_device("ref_logps", ref_logps, "target", tokens.y)
-        return _Reference(sequence=ref_logps.detach().contiguous())
+        return None, ref_logps.detach().reshape(2, -1).t()
     if ref_logps.shape != tokens.shape:
         raise ValueError(
             f"ref_logps must be per token, {tuple(tokens.shape)}, or per sequence, "
             f"{tuple(tokens.shape[:1])}, got {tuple(ref_logps.shape)}"
         )
-    return _Reference(token=tokens.reference(ref_logps))
+    return tokens.reference(ref_logps), None
 
 
 def _warn_of_empty(lengths: Tensor) -> None:
@@ -254,7 +213,7 @@ def _warn_of_empty(lengths: Tensor) -> None:
         return
     if bool((lengths > 0).all()):
         return
-    rows = (lengths == 0).nonzero()[:, 0].tolist()
+    rows = (lengths.t().reshape(-1) == 0).nonzero()[:, 0].tolist()
     warnings.warn(
         f"target rows {rows[:8]} have no counted token: their log-prob is taken as 0",
         stacklevel=4,

@@ -7,12 +7,20 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from fused_losses.arguments import has_data
 from fused_losses.backends import Objective
+from fused_losses.engine.unit_sum import UnitLoss
+from fused_losses.functional.observe import report_plan
 from fused_losses.functional.tokens import Tokens
+from fused_losses.plan import Plan
+from fused_losses.stats import TokenStats
 
 
 class Source(Protocol):
-    """Log-probs of tokens, by the pass that makes them."""
+    """Log-probs of tokens, by the pass that makes them.
+
+    What is per token comes as (N,), in the order of ``tokens.y``; row results are (LINES, N).
+    """
 
     @property
     def backend(self) -> str:
@@ -21,12 +29,18 @@ class Source(Protocol):
     def tokens(self, target: Any) -> Tokens:
         """Check labels against this source."""
 
-    def token_loss(
-        self, tokens: Tokens, o: Objective, ref: Tensor | None, value: Tensor | None, entropy: bool
+    def losses(
+        self,
+        tokens: Tokens,
+        o: Objective,
+        ref: Tensor | None,
+        value: Tensor | None,
+        *,
+        entropy: bool,
     ) -> tuple[Tensor, Tensor]:
-        """Return per-token losses (N,), differentiable, and rows (LINES, N)."""
+        """Return per-token losses (N,), differentiable, and row results."""
 
-    def token_loss_sum(
+    def loss_sum(
         self,
         tokens: Tokens,
         o: Objective,
@@ -34,15 +48,56 @@ class Source(Protocol):
         value: Tensor | None,
         token_weight: Tensor | None,
         factor: Tensor,
+        *,
         entropy: bool,
     ) -> tuple[Tensor, Tensor]:
-        """Return ``factor * sum(token_weight * loss)`` and rows (LINES, N)."""
+        """Return ``factor * sum(token_weight * loss)``, differentiable, and row results."""
+
+    def unit_sum(
+        self,
+        tokens: Tokens,
+        unit_of: Tensor | None,
+        loss_fn: UnitLoss,
+        *,
+        entropy: bool,
+        entropy_gradient: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the sum of ``loss_fn`` over all units, differentiable, and row results.
+
+        ``unit_of`` is the unit of each token; None: each is its own. ``loss_fn`` gets the tokens of
+        some whole units, or all tokens and None where a source or a compiler takes them as they
+        come. ``entropy_gradient`` says that it differentiates the entropy.
+        """
 
     def statistics(self, tokens: Tokens, *, entropy: bool, entropy_gradient: bool = True) -> Tensor:
-        """Return rows (LINES, N), differentiable in logp, lse and entropy.
+        """Return row results, differentiable in logp, lse and (if wanted) entropy."""
 
-        ``entropy_gradient=False`` says that nobody will differentiate the entropy.
-        """
+
+def statistics_of(source: Source, target: Any, *, entropy: bool) -> TokenStats:
+    """Log-probs, log-normaliser, entropy and top-1 of every token."""
+    tokens = source.tokens(target)
+    return tokens.stats(source.statistics(tokens, entropy=entropy), entropy=entropy)
+
+
+def lays_out_units(tokens: Tokens) -> bool:
+    """Whether units can be laid out now: their sizes are data, which tracing does not have.
+
+    Raises:
+        ValueError: The call is only being explained: without data its plan would be another one.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    if not has_data(tokens.y):
+        report_plan(_refuse_plan)
+        return False
+    return True
+
+
+def _refuse_plan() -> Plan:
+    raise ValueError(
+        "explain needs a target with data for a loss of whole units: it plans by their sizes, "
+        "which a meta or fake tensor does not tell"
+    )
 
 
 def wants_gradient(t: Tensor | None) -> bool:

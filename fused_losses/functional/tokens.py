@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused_losses.arguments import check_number, has_data, refuse_unserved
+from fused_losses.engine.rows import stats_of
 from fused_losses.functional.options import Options, as_tensor
+from fused_losses.stats import TokenStats
 
 _INT = (torch.int64, torch.int32)
 _FLOAT = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -97,6 +99,13 @@ class Tokens:
         """Put per-row results back in target's shape, 0 at position 0 of shifted sequences."""
         t = rows.view(self.shape)
         return F.pad(t[..., :-1], (1, 0)) if self.shift and self.shape[-1] else t
+
+    def stats(self, rows: Tensor, *, entropy: bool) -> TokenStats:
+        """Put row results (LINES, N) in target's shape."""
+        stats = stats_of(rows, entropy=entropy)
+        return stats._replace(
+            **{k: self.restore(t) for k, t in stats._asdict().items() if t is not None}
+        )
 
     def reference(self, ref_logps: Any) -> Tensor | None:
         """Check reference log-probs and flatten them; they are data, never differentiated."""

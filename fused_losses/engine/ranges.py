@@ -9,18 +9,17 @@ Where the head is trained the ranges are made again when the weights of the rows
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fused_losses.backends import RowMaths, lines
 from fused_losses.engine.gradients import GradientSums
-from fused_losses.engine.head_call import HeadCall, Place
+from fused_losses.engine.planned import Place, PlannedCall
 from fused_losses.engine.rows import Coefficients, new_rows
 
 
-class Block:
+class SeenChunk:
     """Some counted tokens of a call, once all ranges of the vocabulary have been seen.
 
     Attributes:
@@ -34,47 +33,55 @@ class Block:
         self.at, self.y, self.rows, self.kept = at, y, rows, kept
 
 
-def blocks_of(call: HeadCall, *, keep: bool = False, **options: Any) -> Iterator[Block]:
-    """Fill ``call.rows`` block by block; ``keep``: with the gradients of the log-probs.
+def seen_chunks(
+    planned: PlannedCall,
+    *,
+    keep: bool = False,
+    ref: Tensor | None,
+    value: Tensor | None,
+    top1: bool,
+) -> Iterator[SeenChunk]:
+    """Fill ``planned.rows`` chunk by chunk; ``keep``: with the gradients of the log-probs.
 
-    The options are those of ``Backend.row_pass``, per-row ones for all rows of the call.
+    ``ref`` and ``value`` are those of all rows of the call (N,).
     """
-    with call.workspace() as tile:
-        for at in call.places():
-            y, x = call.labels_and_hidden(at)
-            rows = new_rows(y, call.head.logits_dtype)
-            per_row = {
-                name: None if options.get(name) is None else options[name][at]
-                for name in ("ref", "value")
-            }
+    call, head = planned.call, planned.head
+    with planned.workspace() as tile:
+        for at in planned.places():
+            y, x = planned.labels_and_hidden(at)
+            rows = new_rows(y, head.logits_dtype)
             kept = None
             if keep:
-                wide = torch.promote_types(call.head.compute_dtype, torch.float32)
+                wide = torch.promote_types(head.compute_dtype, torch.float32)
                 kept = x.new_empty(x.shape, dtype=wide)
-            for columns in call.columns():
+            for columns in planned.columns():
                 z, e = tile(len(y), columns.stop - columns.start)
-                call.head.logits(x, z, columns)
+                head.logits(x, z, columns)
                 before = rows[lines.SHIFT].clone() if keep and columns.start else None
-                call.backend.row_pass(
+                planned.backend.row_pass(
                     z,
                     y,
                     rows,
                     maths=call.maths,
                     ignore_index=call.ignore_index,
+                    objective=call.objective,
+                    ref=None if ref is None else ref[at],
+                    value=None if value is None else value[at],
                     exponentials=e if keep else None,
+                    entropy=call.entropy,
+                    top1=top1,
                     overwrite=True,
                     first_column=columns.start,
-                    vocabulary=call.head.vocabulary,
-                    **(options | per_row),
+                    vocabulary=head.vocabulary,
                 )
                 if kept is not None:
                     if before is not None:
                         _follow(kept, before, rows[lines.SHIFT])
-                    call.head.dx(e, kept, columns, accumulate=columns.start > 0)
+                    head.dx(e, kept, columns, accumulate=columns.start > 0)
             if kept is not None:
-                _finish(kept, call, y, rows)
-            call.rows[:, at] = rows
-            yield Block(at, y, rows, kept)
+                _finish(kept, planned, y, rows)
+            planned.rows[:, at] = rows
+            yield SeenChunk(at, y, rows, kept)
 
 
 def _follow(sums: Tensor, before: Tensor, shift: Tensor) -> None:
@@ -86,14 +93,15 @@ def _follow(sums: Tensor, before: Tensor, shift: Tensor) -> None:
     sums.mul_(factor[:, None])
 
 
-def _finish(kept: Tensor, call: HeadCall, y: Tensor, rows: Tensor) -> None:
+def _finish(kept: Tensor, planned: PlannedCall, y: Tensor, rows: Tensor) -> None:
     """Turn sums of exponentials times the head's rows into -d logp / d x."""
+    call = planned.call
     slope = target_slope(rows, call.maths)
-    if len(call.plan.columns) > 1:
+    if len(planned.plan.columns) > 1:
         # Ranges leave the target out; subtracted from 1 - p_y, not from 1, nothing cancels.
         factor = call.maths.factor
         at_y = rows[lines.REST] * rows[lines.SUM] * slope / factor
-        kept.addcmul_(target_rows(call.head.weight, y), at_y[:, None], value=-1.0)
+        kept.addcmul_(target_rows(planned.head.weight, y), at_y[:, None], value=-1.0)
     scale = call.maths.factor / rows[lines.SUM]
     kept.mul_(scale.masked_fill(y == call.ignore_index, 0.0)[:, None])
 
@@ -134,32 +142,31 @@ def hidden_gradient(
     return dx
 
 
-def recompute(
-    call: HeadCall, rows: Tensor, c: Coefficients, needs: list[bool], accum_dtype: torch.dtype
-) -> GradientSums:
+def recompute(planned: PlannedCall, rows: Tensor, c: Coefficients) -> GradientSums:
     """Make the logits again and sum the gradients, from row results (LINES, N) and coefficients."""
-    sums = GradientSums(call, needs, accum_dtype)
-    with call.workspace() as tile:
-        for at in call.places():
-            y, x = call.labels_and_hidden(at)
+    call, head = planned.call, planned.head
+    sums = GradientSums(planned)
+    with planned.workspace() as tile:
+        for at in planned.places():
+            y, x = planned.labels_and_hidden(at)
             dx = sums.dx_of(at, x)
-            block, of = rows[:, at].contiguous(), c.at(at)
-            for columns in call.columns():
+            of_chunk, c_of_chunk = rows[:, at].contiguous(), c.at(at)
+            for columns in planned.columns():
                 z, dz = tile(len(y), columns.stop - columns.start)
-                call.head.logits(x, z, columns)
-                call.backend.row_gradient(
+                head.logits(x, z, columns)
+                planned.backend.row_gradient(
                     z,
                     y,
-                    block,
-                    of,
+                    of_chunk,
+                    c_of_chunk,
                     maths=call.maths,
                     ignore_index=call.ignore_index,
                     dz=dz,
                     first_column=columns.start,
-                    vocabulary=call.head.vocabulary,
+                    vocabulary=head.vocabulary,
                 )
                 if dx is not None:
-                    call.head.dx(dz, dx, columns, accumulate=columns.start > 0)
+                    head.dx(dz, dx, columns, accumulate=columns.start > 0)
                 sums.add_head(dz, x, columns=columns)
             if dx is not None:
                 sums.put_dx(at, dx)

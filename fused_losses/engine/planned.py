@@ -1,18 +1,19 @@
-"""A planned call over the head: the tokens that count, in blocks, and the products to make."""
+"""A planned call over the head: the tokens that count, in chunks, and the products to make."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor
 
-from fused_losses.backends import RowMaths, load_backend
+from fused_losses.backends import load_backend
+from fused_losses.engine.call import Call, Needs
 from fused_losses.engine.head import Head
 from fused_losses.engine.rows import new_rows
 from fused_losses.engine.workspace import Tile, workspace
-from fused_losses.plan import Plan
+from fused_losses.plan import Plan, Route, plan_linear
 
 Place = slice | Tensor  # where tokens are among the rows of a call
 
@@ -33,41 +34,58 @@ def _capturing(t: Tensor) -> bool:
     return t.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-class HeadCall:
+class PlannedCall:
     """A head over the counted tokens of one call.
 
     Args:
         x: Hidden states (N, D).
+        weight: (V, D).
+        bias: (V,) or None.
         y: Labels (N,).
-        positions: The counted ones, in the order in which blocks take them; None: all rows.
+        positions: The counted ones, in the order in which chunks take them; None: all rows.
+        call: What is asked for.
         plan: How many tokens and how many columns of the vocabulary are taken at a time.
-        head: The GEMMs.
-        maths: Transform of the logits.
-        ignore_index: Label of ignored rows.
 
     Attributes:
+        head: The products.
         rows: (LINES, N) row results; those of dropped tokens are zeros from the start.
     """
 
     def __init__(
         self,
         x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
         y: Tensor,
         positions: Tensor | None,
+        call: Call,
         plan: Plan,
-        head: Head,
-        maths: RowMaths,
-        ignore_index: int,
     ) -> None:
         self.x, self.y, self.positions = x, y, positions
-        self.plan, self.head, self.maths = plan, head, maths
-        self.ignore_index = ignore_index
-        self.backend = load_backend(plan.backend)
+        self.call, self.plan = call, plan
+        self.head = Head(weight, bias, call.linear.compute_dtype, call.linear.logits_dtype)
+        self.backend = load_backend(call.backend)
         self._masked = positions is None and _capturing(y)
-        self.rows = new_rows(y, head.logits_dtype, zero=positions is not None)
+        self.rows = new_rows(y, call.linear.logits_dtype, zero=positions is not None)
+
+    @staticmethod
+    def of(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        y: Tensor,
+        call: Call,
+        routes: Sequence[Route],
+        needs: Needs | None = None,
+    ) -> PlannedCall:
+        """Plan a call over the labels that count, by the cheapest of some routes."""
+        positions = counted_positions(y, call.ignore_index)
+        tokens = y.numel() if positions is None else positions.numel()
+        plan = plan_linear(routes, tokens, call.shape(weight, needs), call.linear.budget)
+        return PlannedCall(x, weight, bias, y, positions, call, plan)
 
     def places(self) -> Iterator[Place]:
-        """Where the tokens of each block are, block after block."""
+        """Where the tokens of each chunk are, chunk after chunk."""
         start = 0
         for size in self.plan.chunks:
             at = slice(start, start + size)
@@ -86,12 +104,12 @@ class HeadCall:
         y, x = self.y[at], self.x[at].to(self.head.compute_dtype)
         if self._masked:
             # Kept rows of ignored tokens: NaN there must not reach dW as 0 * NaN.
-            x = x.masked_fill((y == self.ignore_index)[:, None], 0.0)
+            x = x.masked_fill((y == self.call.ignore_index)[:, None], 0.0)
         return y, x
 
     @contextmanager
     def workspace(self) -> Iterator[Tile]:
-        """Memory for one block's logits of one range of columns, and for their gradient.
+        """Memory for one chunk's logits of one range of columns, and for their gradient.
 
         Raises:
             RuntimeError: Out of memory, of torch's own type, naming the budget to lower.

@@ -8,23 +8,21 @@ operator.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fused_losses.backends import RowMaths, lines
+from fused_losses.engine.call import Call
 from fused_losses.engine.captured import refuse_captured, refuse_detached
-from fused_losses.engine.chunks import add_chunk, chunks_of
 from fused_losses.engine.gradients import GradientSums
 from fused_losses.engine.handover import scale_saved
-from fused_losses.engine.head import Head
-from fused_losses.engine.head_call import HeadCall
-from fused_losses.engine.linear_call import Dtypes
 from fused_losses.engine.once import once_differentiable
-from fused_losses.engine.rows import Coefficients
+from fused_losses.engine.planned import PlannedCall
+from fused_losses.engine.rows import Coefficients, lines, stats_of
+from fused_losses.engine.whole_rows import add_chunk, chunks_of
 from fused_losses.plan import Plan
 from fused_losses.stats import TokenStats
 
@@ -66,6 +64,17 @@ class UnitLayout:
         ids, sizes = torch.unique_consecutive(units, return_counts=True)
         return UnitLayout(positions.to(y.device), ids.to(y.device), sizes.tolist())
 
+    def chunks(self, sizes: Sequence[int]) -> list[UnitChunk]:
+        """Split into chunks of so many tokens, each some whole units."""
+        chunks, token, unit = [], 0, 0
+        for size in sizes:
+            first_token, first_unit = token, unit
+            while token < first_token + size:
+                token += self.sizes[unit]
+                unit += 1
+            chunks.append(UnitChunk(self.positions[first_token:token], self.ids[first_unit:unit]))
+        return chunks
+
 
 @dataclass(frozen=True)
 class UnitChunk:
@@ -80,79 +89,63 @@ class UnitChunk:
     ids: Tensor
 
 
-UnitLoss = Callable[[TokenStats, UnitChunk], Tensor]
+# Gets all rows, those that do not count among them, and None where nothing is laid out in units.
+UnitLoss = Callable[[TokenStats, UnitChunk | None], Tensor]
 
 _LOSS_FUNCTION = "the loss function (loss_fn, or a TokenLoss's torch_fn)"
 
 
-@dataclass(frozen=True)
-class UnitCall:
-    """All of a call but what autograd tracks."""
-
-    y: Tensor
-    layout: UnitLayout
-    plan: Plan
-    maths: RowMaths
-    dtypes: Dtypes
-    ignore_index: int
-    entropy: bool
-    loss_fn: UnitLoss
-
-    def unit_chunks(self) -> list[UnitChunk]:
-        """Split the layout as the plan says."""
-        chunks, token, unit = [], 0, 0
-        for size in self.plan.chunks:
-            first_token, first_unit = token, unit
-            while token < first_token + size:
-                token += self.layout.sizes[unit]
-                unit += 1
-            positions = self.layout.positions[first_token:token]
-            chunks.append(UnitChunk(positions, self.layout.ids[first_unit:unit]))
-        return chunks
-
-
-def run_units(
-    x: Tensor, w: Tensor, bias: Tensor | None, call: UnitCall, needs: list[bool]
+def unit_sum(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+    layout: UnitLayout,
+    call: Call,
+    plan: Plan,
+    loss_fn: UnitLoss,
 ) -> tuple[Tensor, Tensor]:
     """Return the sum of the loss function over all units, differentiable, and rows (LINES, N)."""
-    return _UnitSum.apply(x, w, bias, call, needs)
+    return _UnitSum.apply(x, w, bias, y, layout, call, plan, loss_fn)
 
 
 class _UnitSum(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, w: Tensor, bias: Tensor | None, call: UnitCall, needs: list[bool]
+        ctx: Any,
+        x: Tensor,
+        w: Tensor,
+        bias: Tensor | None,
+        y: Tensor,
+        layout: UnitLayout,
+        call: Call,
+        plan: Plan,
+        loss_fn: UnitLoss,
     ) -> tuple[Tensor, Tensor]:
-        compute_dtype, logits_dtype, accum_dtype = call.dtypes
-        head = Head(w, bias, compute_dtype, logits_dtype)
-        over = HeadCall(
-            x, call.y, call.layout.positions, call.plan, head, call.maths, call.ignore_index
-        )
-        sums = GradientSums(over, needs, accum_dtype)
-        total = over.rows.new_zeros(())
+        planned = PlannedCall(x, w, bias, y, layout.positions, call, plan)
+        sums = GradientSums(planned)
+        total = planned.rows.new_zeros(())
         user_autocast = _autocast_of(x.device.type)
         with torch.autocast(x.device.type, enabled=False):
-            for chunk, units in zip(chunks_of(over), call.unit_chunks(), strict=True):
-                chunk.row_pass(exponentials=call.plan.exponentials, entropy=call.entropy, top1=True)
+            for chunk, units in zip(chunks_of(planned), layout.chunks(plan.chunks), strict=True):
+                chunk.row_pass(top1=True)
                 with user_autocast:
-                    loss, c = call_loss(
-                        call.loss_fn, chunk.rows, units, entropy=call.entropy, gradient=True
-                    )
+                    loss, c = call_loss(loss_fn, chunk.rows, units, call, gradient=True)
                 total += loss
                 chunk.differentiate(c)
                 add_chunk(sums, chunk)
         ctx.save_for_backward(x, w, bias, sums.dx, *sums.head_gradients(w, bias))
-        ctx.mark_non_differentiable(over.rows)
+        ctx.mark_non_differentiable(planned.rows)
         ctx.set_materialize_grads(False)
-        return total, over.rows
+        return total, planned.rows
 
     @staticmethod
     def backward(ctx: Any, dtotal: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
         x, w, bias, *gradients = ctx.saved_tensors
         if dtotal is None:
-            return (None,) * 5
+            return (None,) * 8
         scaled = scale_saved(gradients, [x, w, bias], dtotal)
-        return (*once_differentiable(scaled, [dtotal, x, w, bias]), None, None)
+        return (*once_differentiable(scaled, [dtotal, x, w, bias]), *(None,) * 5)
 
 
 def _autocast_of(device_type: str) -> torch.autocast:
@@ -166,7 +159,7 @@ def _autocast_of(device_type: str) -> torch.autocast:
 
 
 def call_loss(
-    loss_fn: UnitLoss, rows: Tensor, units: UnitChunk, *, entropy: bool, gradient: bool
+    loss_fn: UnitLoss, rows: Tensor, units: UnitChunk, call: Call, *, gradient: bool
 ) -> tuple[Tensor, Coefficients]:
     """Call the loss function on rows (LINES, R), cut off from any graph, and differentiate it.
 
@@ -177,11 +170,10 @@ def call_loss(
         ValueError: It returned something else than a 0-d tensor, one without a graph, or one that
             depends on a tensor beside the rows that wants a gradient.
     """
-    taken = [lines.LOGP, lines.LSE, *([lines.ENTROPY] if entropy else [])]
+    taken = [lines.LOGP, lines.LSE, *([lines.ENTROPY] if call.linear.entropy_gradient else [])]
     leaves = [rows[line].detach().clone().requires_grad_(gradient) for line in taken]
-    stats = TokenStats(
-        leaves[0], leaves[1], leaves[2] if entropy else None, rows[lines.TOP1].detach() != 0.0
-    )
+    stats = stats_of(rows.detach(), entropy=call.entropy)
+    stats = stats._replace(**dict(zip(TokenStats._fields, leaves, strict=False)))
     # Frozen rows or not, what the function has captured may want a gradient.
     with torch.set_grad_enabled(gradient or torch.is_grad_enabled()):
         loss = loss_fn(stats, units)
@@ -215,12 +207,12 @@ class _KnownGradient(torch.autograd.Function):
         return dloss * drows, None, None
 
 
-def loss_of_rows(rows: Tensor, layout: UnitLayout, loss_fn: UnitLoss, *, entropy: bool) -> Tensor:
+def loss_of_rows(rows: Tensor, layout: UnitLayout, call: Call, loss_fn: UnitLoss) -> Tensor:
     """Call the loss function once on all units, from rows (LINES, N) that autograd tracks."""
     taken = rows.detach()[:, layout.positions]
     units = UnitChunk(layout.positions, layout.ids)
     gradient = rows.requires_grad
-    loss, c = call_loss(loss_fn, taken, units, entropy=entropy, gradient=gradient)
+    loss, c = call_loss(loss_fn, taken, units, call, gradient=gradient)
     if not gradient:
         return loss
     drows = torch.zeros_like(rows)

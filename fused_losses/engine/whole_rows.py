@@ -7,14 +7,13 @@ size tokens x vocabulary is made: a chunk's logits live in one workspace that th
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fused_losses.backends import lines
 from fused_losses.engine.gradients import GradientSums
-from fused_losses.engine.head_call import HeadCall, Place
+from fused_losses.engine.planned import Place, PlannedCall
 from fused_losses.engine.rows import Coefficients, new_rows
 
 
@@ -31,51 +30,62 @@ class Chunk:
         rows: (LINES, R) row results.
     """
 
-    def __init__(self, call: HeadCall, at: Place, z: Tensor, dz: Tensor) -> None:
-        self._call = call
+    def __init__(self, planned: PlannedCall, at: Place, z: Tensor, dz: Tensor) -> None:
+        self._planned = planned
         self.at = at
-        self.y, self.x = call.labels_and_hidden(at)
+        self.y, self.x = planned.labels_and_hidden(at)
         self.z, self.dz = z, dz
         self.scale: Tensor | None = None
-        self._exponentials = False
         self.rows = new_rows(self.y, z.dtype)
-        call.head.logits(self.x, z)
+        planned.head.logits(self.x, z)
 
-    def row_pass(self, *, exponentials: bool = False, **options: Any) -> None:
+    def row_pass(
+        self,
+        *,
+        ref: Tensor | None = None,
+        value: Tensor | None = None,
+        weight: Tensor | None = None,
+        top1: bool,
+    ) -> None:
         """Fill ``rows``, and ``dz`` with exponentials or, given weights, the gradient.
 
-        The options are those of ``Backend.row_pass``, per-row ones for all rows of the call.
+        ``ref``, ``value`` and ``weight`` are those of all rows of the call (N,).
         """
-        call = self._call
-        weighted = options.get("weight") is not None
-        for name in ("ref", "value", "weight"):
-            if options.get(name) is not None:
-                options[name] = options[name][self.at]
-        call.backend.row_pass(
+        planned, call = self._planned, self._planned.call
+        ref, value, weight = (None if t is None else t[self.at] for t in (ref, value, weight))
+        exponentials = planned.plan.exponentials
+        weighted = weight is not None and not exponentials
+        planned.backend.row_pass(
             self.z,
             self.y,
             self.rows,
             maths=call.maths,
             ignore_index=call.ignore_index,
+            objective=call.objective,
+            ref=ref,
+            value=value,
             exponentials=self.dz if exponentials else None,
             gradient=self.dz if weighted else None,
+            weight=weight if weighted else None,
+            entropy=call.entropy,
+            top1=top1,
             overwrite=weighted,
-            **options,
         )
-        self._exponentials = exponentials
         # Rows of dropped tokens are zeros from the start.
-        call.rows[:, self.at] = self.rows
+        planned.rows[:, self.at] = self.rows
+        if weight is not None and exponentials and call.objective is not None:
+            self.differentiate(call.objective.coefficients(weight, self.rows))
 
     def differentiate(self, c: Coefficients) -> None:
         """Make ``scale * dz`` the gradient of the logits, from the coefficients of the rows (R,).
 
         Exponentials are there already up to a factor per row; else one more row pass writes it all.
         """
-        call = self._call
-        if self._exponentials:
+        planned, call = self._planned, self._planned.call
+        if planned.plan.exponentials:
             self.scale = self._scale_exponentials(c)
             return
-        call.backend.row_gradient(
+        planned.backend.row_gradient(
             self.z,
             self.y,
             self.rows,
@@ -86,7 +96,8 @@ class Chunk:
         )
 
     def _scale_exponentials(self, c: Coefficients) -> Tensor:
-        maths = self._call.maths
+        call = self._planned.call
+        maths = call.maths
         alpha, s = -c.dlogp, self.rows[lines.SUM]
         if c.dlse is not None:
             alpha = alpha + c.dlse
@@ -102,15 +113,15 @@ class Chunk:
             entry = self.dz.gather(1, at_y) + extra[:, None].to(self.dz.dtype)
             self.dz.scatter_(1, at_y, entry)
         scale = alpha * maths.factor / s
-        return scale.masked_fill(self.y == self._call.ignore_index, 0.0)
+        return scale.masked_fill(self.y == call.ignore_index, 0.0)
 
 
-def chunks_of(call: HeadCall) -> Iterator[Chunk]:
+def chunks_of(planned: PlannedCall) -> Iterator[Chunk]:
     """Make the logits of one chunk after another in the same workspace."""
-    V = call.head.vocabulary
-    with call.workspace() as tile:
-        for at, size in zip(call.places(), call.plan.chunks, strict=True):
-            yield Chunk(call, at, *tile(size, V))
+    V = planned.head.vocabulary
+    with planned.workspace() as tile:
+        for at, size in zip(planned.places(), planned.plan.chunks, strict=True):
+            yield Chunk(planned, at, *tile(size, V))
 
 
 def add_chunk(sums: GradientSums, chunk: Chunk) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Unpack
 
 from torch import Tensor
@@ -211,7 +212,7 @@ def dpo_loss(
     ref_logps: Tensor | None,
     *,
     beta: float = 0.1,
-    loss_type: LossType = "sigmoid",
+    loss_type: LossType | Mapping[str, float] = "sigmoid",
     label_smoothing: float = 0.0,
     simpo_gamma: float | None = None,
     discopop_tau: float | None = None,

@@ -18,9 +18,9 @@ from fused_losses.functional.responses import Responses
 from fused_losses.functional.sources import Source
 from fused_losses.functional.tokens import Tokens, check_device, check_reference
 from fused_losses.preference import (
-    PAIR_LOSSES,
     PairOptions,
     Pairs,
+    pair_loss,
     refuse_reference,
     rewards,
     score,
@@ -90,7 +90,7 @@ class _Batch:
     @property
     def whole(self) -> bool:
         """Whether a pair's loss depends on the other pairs."""
-        return PAIR_LOSSES[self.o.loss_type].whole_batch
+        return pair_loss(self.o.loss_type).whole_batch
 
     def pairs(self, logps: Tensor, units: UnitChunk | None = None) -> Pairs:
         """Return the pairs of a chunk, or all, from log-probs as ``Responses.sums`` takes them."""

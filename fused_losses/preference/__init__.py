@@ -7,7 +7,7 @@ once.
 
 from fused_losses.preference.loss import preference_loss, rewards, score
 from fused_losses.preference.losses import PAIR_LOSSES, LossType
-from fused_losses.preference.options import parse_pair_options, refuse_reference
+from fused_losses.preference.options import pair_loss, parse_pair_options, refuse_reference
 from fused_losses.preference.pairs import PairLoss, PairOptions, Pairs
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "PairLoss",
     "PairOptions",
     "Pairs",
+    "pair_loss",
     "parse_pair_options",
     "preference_loss",
     "refuse_reference",

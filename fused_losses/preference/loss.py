@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from fused_losses.arguments import COUNT_CURE, refuse_gradient
-from fused_losses.preference.losses import PAIR_LOSSES, LossType
-from fused_losses.preference.options import parse_pair_options, refuse_reference
+from fused_losses.preference.losses import LossType
+from fused_losses.preference.options import pair_loss, parse_pair_options, refuse_reference
 from fused_losses.preference.pairs import Pairs
 
 
 def score(pairs: Pairs) -> Tensor:
     """Losses of pairs, (B,); 0 for a pair that is not present."""
-    losses = PAIR_LOSSES[pairs.options.loss_type].fn(pairs)
+    losses = pair_loss(pairs.options.loss_type).fn(pairs)
     return losses if pairs.present is None else torch.where(pairs.present, losses, 0.0)
 
 
 def rewards(pairs: Pairs) -> tuple[Tensor, Tensor]:
     """Detached implicit rewards of the chosen and of the rejected responses, (B,) each."""
     chosen, rejected = pairs.rewards
-    if PAIR_LOSSES[pairs.options.loss_type].mean_rewards:
+    if pair_loss(pairs.options.loss_type).mean_rewards:
         chosen, rejected = (pairs.options.beta * mean for mean in pairs.means)
     return chosen.detach(), rejected.detach()
 
@@ -32,7 +35,7 @@ def preference_loss(
     reference_rejected_logps: Tensor | None = None,
     *,
     beta: float = 0.1,
-    loss_type: LossType = "sigmoid",
+    loss_type: LossType | Mapping[str, float] = "sigmoid",
     label_smoothing: float = 0.0,
     chosen_lengths: Tensor | None = None,
     rejected_lengths: Tensor | None = None,
@@ -87,7 +90,9 @@ def preference_loss(
         reference_rejected_logps: (B,), as above.
         beta: Strength of the tie to the reference, > 0; the scale of the rewards in ``simpo``, the
             weight of the loss in ``orpo`` (lambda of the paper).
-        loss_type: One of the names above.
+        loss_type: One of the names above; or several, each with its weight >= 0, as
+            ``{"sigmoid": 1.0, "ipo": 0.5}``: their weighted sum. The options go to those of them
+            that take them; the rewards are per token where all of them have them so.
         label_smoothing: epsilon, the share of pairs taken to be flipped: in [0, 1) for ``sigmoid``
             and ``aot``, in [0, 1/2) for ``robust``, in (0, 1) for ``exo_pair``, 0 for the others.
         chosen_lengths: (B,), counted tokens of the chosen responses; ``ipo``, ``sigmoid_norm``,
@@ -171,9 +176,9 @@ def _check_shapes(**named: Tensor | None) -> None:
         )
 
 
-def _check_lengths(loss_type: str, shape: torch.Size, lengths: dict[str, Tensor | None]) -> None:
+def _check_lengths(loss_type: Any, shape: torch.Size, lengths: dict[str, Tensor | None]) -> None:
     for name, n in lengths.items():
-        if n is None and PAIR_LOSSES[loss_type].needs_lengths:
+        if n is None and pair_loss(loss_type).needs_lengths:
             raise ValueError(
                 f"loss_type={loss_type!r} divides by the response lengths: "
                 f"{name} must be a (B,) tensor of counted tokens, got None"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 class PairOptions:
     """Checked options of a pair loss; ``parse_pair_options`` makes them."""
 
-    loss_type: str
+    loss_type: str | Mapping[str, float]
     beta: float
     label_smoothing: float
     simpo_gamma: float

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -29,7 +30,7 @@ def dpo_loss(
     ref_logps: Tensor | None,
     *,
     beta: float = 0.1,
-    loss_type: LossType = "sigmoid",
+    loss_type: LossType | Mapping[str, float] = "sigmoid",
     label_smoothing: float = 0.0,
     simpo_gamma: float | None = None,
     discopop_tau: float | None = None,

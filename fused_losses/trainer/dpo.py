@@ -19,7 +19,7 @@ from fused_losses.trainer.telemetry import Sums, pair_sums, token_sums
 
 
 class DPOTrainer(PostTrainer):
-    """DPO and its kin (9)-(11) on ``transformers.Trainer``, without logits.
+    """DPO and its kin (9)-(11), or several at once, on ``transformers.Trainer``, without logits.
 
     The reference is ``ref_model``, or else the weights the model starts from (of a PeftModel: the
     model without its adapters). Its log-probs are computed per token when the trainer is made and
@@ -96,7 +96,7 @@ class DPOTrainer(PostTrainer):
     @property
     def divisors(self) -> tuple[str, ...]:
         """The pairs, and the tokens of the SFT term."""
-        return ("num_items", "sft_num_items") if self.args.sft_weight else ("num_items",)
+        return ("num_items", "sft_num_items") if self.args.sft_term else ("num_items",)
 
     def items(self, batch: dict[str, Tensor]) -> Tensor:
         """Count pairs, and the scored tokens of the chosen responses."""
@@ -113,14 +113,14 @@ class DPOTrainer(PostTrainer):
 
     def loss_sums(self, loss: Tensor, sums: Sums, items: Tensor) -> Sums:
         """Sum the pairs' part: the SFT term is a mean over tokens."""
-        if not self.args.sft_weight:
+        if not self.args.sft_term:
             return super().loss_sums(loss, sums, items)
         nll, tokens = sums["nll"]
-        term = self.args.sft_weight * nll / tokens.clamp(min=1)
+        term = self.args.sft_term * nll / tokens.clamp(min=1)
         return {"loss": ((loss - term) * items[0], items[0])}
 
     def eval_metrics(self, found: dict[str, float]) -> dict[str, float]:
         """Add the SFT term to the loss of the pairs."""
-        if self.args.sft_weight and "loss" in found:
-            found["loss"] += self.args.sft_weight * found["nll"]
+        if self.args.sft_term and "loss" in found:
+            found["loss"] += self.args.sft_term * found["nll"]
         return found

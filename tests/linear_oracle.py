@@ -98,19 +98,25 @@ def head_batch(
     """Draw hidden states as a trained head sees them: aligned with the row of their label.
 
     Logits spread by about 4 and half the tokens are confident. Labels follow Zipf's law, so that
-    most of those that occur are rare. A fixed share of positions is ignored.
+    most of those that occur are rare. A fixed share of positions is ignored. The same on every
+    device: drawn on the CPU, and moved to the default one.
     """
+    device = torch.get_default_device()
     g = torch.Generator().manual_seed(seed)
     N = math.prod(shape)
-    y = torch.multinomial(1.0 / torch.arange(1, V + 1), N, replacement=True, generator=g)
-    w = torch.randn(V, D, generator=g)
-    w /= w.norm(dim=1, keepdim=True)
-    confidence = 12.0 + 12.0 * (torch.rand(N, 1, generator=g) < 0.5)
-    x = confidence * w[y] + 4.0 * torch.randn(N, D, generator=g)
-    y[torch.randperm(N, generator=g)[: round(ignored * N)]] = IGNORED
-    b = torch.randn(V, generator=g) if bias else None
+    with torch.device("cpu"):
+        y = torch.multinomial(1.0 / torch.arange(1, V + 1), N, replacement=True, generator=g)
+        w = torch.randn(V, D, generator=g)
+        w /= w.norm(dim=1, keepdim=True)
+        confidence = 12.0 + 12.0 * (torch.rand(N, 1, generator=g) < 0.5)
+        x = confidence * w[y] + 4.0 * torch.randn(N, D, generator=g)
+        y[torch.randperm(N, generator=g)[: round(ignored * N)]] = IGNORED
+        b = torch.randn(V, generator=g) if bias else None
     return HeadBatch(
-        x.view(*shape, D).to(dtype), w.to(dtype), y.view(shape), None if b is None else b.to(dtype)
+        x.view(*shape, D).to(device, dtype),
+        w.to(device, dtype),
+        y.view(shape).to(device),
+        None if b is None else b.to(device, dtype),
     )
 
 
@@ -120,7 +126,8 @@ def near_reference(batch: HeadBatch, spread: float = 0.3, seed: int = 1) -> Tens
     if batch.bias is not None:
         z = z + batch.bias.detach().double()
     logp = z.log_softmax(-1).gather(-1, batch.y.clamp(min=0)[..., None]).squeeze(-1)
-    noise = torch.randn(batch.y.shape, generator=torch.Generator().manual_seed(seed))
+    g = torch.Generator().manual_seed(seed)
+    noise = torch.randn(batch.y.shape, generator=g, device="cpu").to(logp.device)
     ref = (logp + spread * noise).to(torch.promote_types(batch.x.dtype, torch.float32))
     return ref.masked_fill(batch.y == IGNORED, math.nan)
 

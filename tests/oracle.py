@@ -42,7 +42,7 @@ def planted(
     *shape: int,
     V: int,
     dtype: torch.dtype = torch.float64,
-    device: torch.device | str = "cpu",
+    device: torch.device | str | None = None,
     ignored: float = 0.3,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return logits, labels and reference log-probs that look like a model's.
@@ -63,6 +63,7 @@ def planted(
     y = y.masked_fill(dropped, IGNORED)
     ref = ref.masked_fill(dropped, torch.nan)
     ref = ref if dtype == torch.float64 else ref.float()
+    device = device or torch.get_default_device()
     return z.to(device), y.to(device), ref.to(device)
 
 

@@ -48,8 +48,8 @@ class Case:
         """Name of the test."""
         return "-".join([self.name, *map(str, self.options.values())])
 
-    def tensors(self, shape: tuple[int, ...], device: Any = "cpu") -> dict[str, Tensor]:
-        """Scores, and each operand that the call takes."""
+    def tensors(self, shape: tuple[int, ...], device: Any = None) -> dict[str, Tensor]:
+        """Scores, and each operand that the call takes; on the default device, or ``device``."""
         made = {
             "target": torch.randint(V, shape),
             "ref_logps": -2.0 - torch.rand(shape),
@@ -70,7 +70,8 @@ class Case:
             else {"logits": torch.randn(*shape, V)}
         )
         chosen = scores | {name: t for name, t in made.items() if name in wanted}
-        return {name: t.to(device) for name, t in chosen.items()}
+        place = device or torch.get_default_device()
+        return {name: t.to(place) for name, t in chosen.items()}
 
     def __call__(self, tensors: dict[str, Tensor], module: Any = fused_losses, **more: Any) -> Any:
         """Call the function on them."""

@@ -118,6 +118,7 @@ def test_a_softcap_keeps_the_digits_of_small_and_of_saturated_logits(
         assert pooled([(got, gradient(loss(reference), z)[0])]) <= 2e-13
 
 
+@pytest.mark.usefixtures("device")
 def test_the_slope_of_a_saturated_softcap_does_not_cancel() -> None:
     # 1 - tanh**2 in fp32 is 0 here.
     pytest.importorskip("triton")
@@ -237,6 +238,7 @@ def test_one_hidden_number_of_one_token_gets_the_sum_that_eager_makes() -> None:
 # The command
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("seed", range(10))
 def test_a_sample_of_random_calls_is_within_twice_eagers_error(
     seed: int, monkeypatch: pytest.MonkeyPatch
@@ -263,6 +265,7 @@ def test_the_draws_reach_everything() -> None:
     assert draws[7].describe() == accuracy_draws.draw(7).describe()
 
 
+@pytest.mark.usefixtures("device")
 def test_the_command_finds_an_error_and_says_how_to_repeat_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

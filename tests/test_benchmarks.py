@@ -560,10 +560,11 @@ def test_wheels_come_after_this_checkout_on_the_path(tmp_path):
     assert (site / "peer_of_ours" / "__init__.py").read_text() == "name = 'unpacked'\n"
 
 
-def test_row_results_compare_equal_to_themselves_and_not_to_others(tmp_path, monkeypatch, capsys):
+def test_row_results_compare_equal_to_themselves_and_not_to_others(
+    device, tmp_path, monkeypatch, capsys
+):
     pytest.importorskip("triton", reason="the row passes are Triton kernels")
     monkeypatch.setattr(checks, "TOLERANCE", {torch.float32: 2e-5})
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     path = tmp_path / "rows.pt"
     found = dict(list(checks.row_results(device))[:2])
     monkeypatch.setattr(checks, "row_results", lambda device: iter(found.items()))

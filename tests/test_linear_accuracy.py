@@ -238,6 +238,7 @@ def test_the_same_call_gives_the_same_bits(name: str, backend: str) -> None:
         assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("name", LOSSES)
 def test_the_kernels_give_what_the_reference_gives(name: str, dtype: torch.dtype) -> None:

@@ -158,6 +158,7 @@ def test_a_budget_too_small_names_the_least_that_works_and_it_works(
                 assert all(torch.isfinite(g).all() for g in gradients(out.sum(), leaves))
 
 
+@pytest.mark.usefixtures("device")
 @each_function
 def test_the_environment_chooses_backend_and_budget(
     name: str, batch: HeadBatch, monkeypatch: pytest.MonkeyPatch

@@ -218,6 +218,7 @@ def test_the_workspace_holds_all_that_a_chunk_allocates(
     assert peak(events) <= plan.workspace_bytes + upcast + SLACK + 4 * max(plan.chunks) * D * 4
 
 
+@pytest.mark.usefixtures("device")
 def test_the_triton_backend_takes_no_memory_beside_the_chunk() -> None:
     batch = head_batch((4, 8), 8, 300, ignored=0.0)
     with NewTensors(*batch.tensors) as seen:

@@ -272,6 +272,7 @@ def test_ignored_tokens_cost_nothing(case: Case) -> None:
     assert counted / batch.ndv == pytest.approx(6.0, rel=EXACT)
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("case", [TOKEN_LOSSES[0], UNIT_LOSSES[2]], ids=lambda case: case.name)
 def test_the_triton_backend_multiplies_as_often(case: Case) -> None:
     batch = head_batch((4, 5), 8, 33)

@@ -104,6 +104,7 @@ def test_any_additive_loss_equals_the_references(
             _both(batch, call, workspace_bytes=budget)
 
 
+@pytest.mark.usefixtures("device")
 def test_any_additive_loss_runs_on_the_kernels() -> None:
     batch = head_batch((2, 4), 4, 11)
     units = torch.tensor([[0, 0, 1, 1], [2, 0, 1, 2]])

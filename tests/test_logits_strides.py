@@ -23,7 +23,7 @@ def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module", params=["torch", "triton"])
-def engine(request: pytest.FixtureRequest) -> str:
+def engine(request: pytest.FixtureRequest, device: torch.device) -> str:
     """Each backend; of module scope, as hypothesis wants its fixtures."""
     if request.param == "triton":
         pytest.importorskip("triton")

@@ -26,19 +26,19 @@ def _squares(stats: fused_losses.TokenStats, rows: Tensor) -> Tensor:
 
 def _loss(route: str, x: Tensor, w: Tensor, **options: Any) -> Tensor:
     """A 0-d loss by each of the routes on which a head is trained."""
-    y = BATCH.y
+    y, ref = BATCH.y.to(x.device), REF.to(x.device)
     if route == "units":
         return fused_losses.linear_loss(x, w, y, _squares, **options)
     if route == "dpo":
-        return fused_losses.linear_dpo_loss(x, w, y, REF, beta=0.3, **options)
+        return fused_losses.linear_dpo_loss(x, w, y, ref, beta=0.3, **options)
     if route == "statistics":
         stats = fused_losses.linear_token_stats(x, w, y, **options)
         return (stats.logps * stats.lse).sum() / 20.0
     if route == "per token":
-        losses = fused_losses.linear_hellinger_loss(x, w, y, REF, reduction="none", **options)
+        losses = fused_losses.linear_hellinger_loss(x, w, y, ref, reduction="none", **options)
         return (losses * torch.linspace(-1.0, 2.0, 20).view(4, 5)).sum()
     if route == "sequences":
-        return fused_losses.linear_pearson_loss(x, w, y, REF, level="sequence", **options)
+        return fused_losses.linear_pearson_loss(x, w, y, ref, level="sequence", **options)
     if route == "token":
         return fused_losses.linear_mle_loss(x, w, y, **options)
     with forced_route("recompute"):
@@ -48,8 +48,13 @@ def _loss(route: str, x: Tensor, w: Tensor, **options: Any) -> Tensor:
 ROUTES = ["token", "recompute", "per token", "statistics", "units", "dpo", "sequences"]
 
 
+def _copy(t: Tensor) -> Tensor:
+    """On the default device: the GPU's, where the test runs kernels on one."""
+    return t.to(torch.get_default_device(), copy=True)
+
+
 def _weight(*, main_grad: bool = True, told: bool = False) -> Any:
-    w: Any = torch.nn.Parameter(BATCH.w.clone())
+    w: Any = torch.nn.Parameter(_copy(BATCH.w))
     if main_grad:
         w.main_grad = torch.full((V, D), 0.5)
     if told:
@@ -117,13 +122,14 @@ def test_it_gets_the_whole_gradient_and_grad_gets_nothing(route: str, way: Calla
         assert getattr(w, "grad_added_to_main_grad", False) == told
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("way", [_plain, _checkpointed])
 @pytest.mark.parametrize("route", ["token", "per token", "units"])
 def test_it_gets_the_whole_gradient_from_the_kernels(route: str, way: Callable) -> None:
-    x, plain = BATCH.x.clone().requires_grad_(), _weight(main_grad=False)
+    x, plain = _copy(BATCH.x).requires_grad_(), _weight(main_grad=False)
     _loss(route, x, plain, backend="triton").backward()
     w = _weight()
-    way(BATCH.x.clone().requires_grad_(), w, route, backend="triton")
+    way(_copy(BATCH.x).requires_grad_(), w, route, backend="triton")
     torch.testing.assert_close(w.main_grad, 0.5 + plain.grad, rtol=1e-5, atol=1e-6)
     assert w.grad is None
 

@@ -182,6 +182,7 @@ def test_a_loss_of_ones_own_can_be_watched(trained: dict[str, bool], entropy: bo
     assert not any(t.requires_grad for t in stats if t is not None)
 
 
+@pytest.mark.usefixtures("device")
 def test_the_kernels_tell_the_same() -> None:
     small = head_batch((2, 3), 4, 9)
     results = [

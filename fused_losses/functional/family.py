@@ -6,22 +6,16 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from fused_losses.arguments import (
-    check_choice,
-    check_max_weight,
-    check_number,
-    refuse_unserved,
-)
+from fused_losses.arguments import check_choice, check_max_weight, check_number
 from fused_losses.backends import Objective, lines
 from fused_losses.engine.unit_sum import UnitChunk
 from fused_losses.functional.observe import report_stats, statistics_wanted
-from fused_losses.functional.options import Level, Options, check_token_loss, mean_factor
+from fused_losses.functional.options import Level, Options, check_token_loss
 from fused_losses.functional.responses import Responses
 from fused_losses.functional.sources import Source
-from fused_losses.functional.tokens import Tokens, check_device, check_float, check_offset, expand
+from fused_losses.functional.tokens import Tokens, mean_factor
 from fused_losses.stats import TokenStats
 from fused_losses.token_losses import TokenLoss
 
@@ -70,125 +64,85 @@ def run_family(
     """Run a member of the family at its level."""
     o = family.objective(options, ref_logps)
     tokens = source.tokens(target)
-    ref = tokens.reference(ref_logps)
+    ref, offset = tokens.reference(ref_logps), tokens.offset(family.value)
+    entropy = statistics_wanted()
     if family.level == "sequence":
-        return _run_sequences(source, tokens, ref, o, options, family)
+        options.refuse("at level='sequence'", token_weight=None, z_loss=0.0, label_smoothing=0.0)
+        ids = tokens.ids("segment_ids", family.segment_ids)
+        loss, rows = _sequences(source, tokens, ids, ref, offset, o, options, entropy=entropy)
+    else:
+        loss, rows = _tokens(source, tokens, ref, offset, o, options, entropy=entropy)
+    report_stats(lambda: tokens.stats(rows, entropy=entropy))
+    return loss
+
+
+def _tokens(
+    source: Source,
+    tokens: Tokens,
+    ref: Tensor | None,
+    offset: Tensor | None,
+    o: Objective,
+    options: Options,
+    *,
+    entropy: bool,
+) -> tuple[Tensor, Tensor]:
+    """Equations (5)-(7) per token, then the reduction; and row results."""
     if o.loss.device_fn is None and source.backend == "triton":
         raise ValueError(
             f"loss={o.loss.name!r} has no device_fn, which backend='triton' needs; "
             "give the TokenLoss one, or use backend='torch'"
         )
-    return _run_tokens(source, tokens, ref, o, options, family)
-
-
-def _run_tokens(
-    source: Source,
-    tokens: Tokens,
-    ref: Tensor | None,
-    o: Objective,
-    options: Options,
-    family: Family,
-) -> Tensor:
-    """Equations (5)-(7) per token, then the reduction."""
-    value = tokens.value(family.value)
+    value, weight = tokens.value(offset), tokens.weight(options.token_weight)
     if not o.loss.uses_reference:
         ref = value = None
-    weight = tokens.weight(options.token_weight)
-    entropy = statistics_wanted()
-    if options.reduction == "none":
-        loss, rows = source.losses(tokens, o, ref, value, entropy=entropy)
-        if weight is not None:
-            loss = loss * weight.to(loss.dtype)
-        loss = tokens.restore(loss)
-    else:
+    if options.reduction != "none":
         factor = mean_factor(tokens.counted.sum(), options)
-        loss, rows = source.loss_sum(tokens, o, ref, value, weight, factor, entropy=entropy)
-    report_stats(lambda: tokens.stats(rows, entropy=entropy))
-    return loss
+        return source.loss_sum(tokens, o, ref, value, weight, factor, entropy=entropy)
+    loss, rows = source.losses(tokens, o, ref, value, entropy=entropy)
+    return tokens.restore(loss if weight is None else loss * weight.to(loss.dtype)), rows
 
 
-def _run_sequences(
+def _sequences(
     source: Source,
     tokens: Tokens,
+    ids: Tensor | None,
     ref: Tensor | None,
+    offset: Tensor | None,
     o: Objective,
     options: Options,
-    family: Family,
-) -> Tensor:
-    """Equations (5)-(7) per sequence, then the reduction."""
-    options.refuse("at level='sequence'", token_weight=None, z_loss=0.0, label_smoothing=0.0)
-    responses = _sequences(tokens, source.backend, family.segment_ids)
-    if options.reduction == "none" and family.segment_ids is not None:
+    *,
+    entropy: bool,
+) -> tuple[Tensor, Tensor]:
+    """Equations (5)-(7) per sequence, then the reduction; and row results."""
+    if options.reduction == "none" and ids is not None:
         raise ValueError("reduction='none' is not taken with segment_ids; use 'mean' or 'sum'")
-    value = _value_of(responses, family.value)
+    responses = Responses.of(tokens, source.backend, ids)
+    value, present = responses.value(offset), responses.lengths()[:, 0] > 0
     if not o.loss.uses_reference:
         ref = value = None
-    present = responses.lengths()[:, 0] > 0
-    entropy = statistics_wanted()
+    factor = mean_factor(present.sum(), options)
 
     def losses(logps: Tensor, units: UnitChunk | None) -> Tensor:
         ratio = responses.log_ratio_sums(logps, ref, units)[:, 0]
         mine = value if value is None or units is None else value[units.ids]
-        loss = sequence_loss(ratio, None if mine is None else mine.to(ratio.dtype), o)
+        loss = _sequence_loss(ratio, None if mine is None else mine.to(ratio.dtype), o)
         return loss if units is not None else torch.where(present, loss, 0.0)
 
-    def total(logps: Tensor, units: UnitChunk | None) -> Tensor:
-        return losses(logps, units).sum() * factor.to(logps.dtype)
+    def total(stats: TokenStats, units: UnitChunk | None) -> Tensor:
+        return losses(stats.logps, units).sum() * factor.to(stats.logps.dtype)
 
-    factor = mean_factor(present.sum(), options)
+    if options.reduction != "none" and (value is None or not value.requires_grad):
+        return source.unit_sum(tokens, responses.unit_of, total, entropy=entropy)
     # The offset's gradient and per-sequence results need autograd's own graph.
-    if options.reduction == "none" or (value is not None and value.requires_grad):
-        rows = source.statistics(tokens, entropy=entropy, entropy_gradient=False)
-        if options.reduction == "none":
-            loss = losses(rows[lines.LOGP], None).view(tokens.shape[:-1])
-        else:
-            loss = total(rows[lines.LOGP], None)
-    else:
-
-        def of_stats(stats: TokenStats, units: UnitChunk | None) -> Tensor:
-            return total(stats.logps, units)
-
-        loss, rows = source.unit_sum(tokens, responses.unit_of, of_stats, entropy=entropy)
-    report_stats(lambda: tokens.stats(rows, entropy=entropy))
-    return loss
+    rows = source.statistics(tokens, entropy=entropy, entropy_gradient=False)
+    each = losses(rows[lines.LOGP], None)
+    if options.reduction == "none":
+        return each.view(tokens.shape[:-1]), rows
+    return each.sum() * factor.to(each.dtype), rows
 
 
-def sequence_loss(log_ratio: Tensor, value: Tensor | None, o: Objective) -> Tensor:
+def _sequence_loss(log_ratio: Tensor, value: Tensor | None, o: Objective) -> Tensor:
     """Equations (5) and (6) on summed log-ratios, any shape."""
     r = o.beta * log_ratio if value is None else o.beta * log_ratio + value
     phi, _ = o.loss.phi_and_weight(r, o.max_weight)
     return ((0.0 if value is None else value) - phi) / o.beta
-
-
-def _sequences(tokens: Tokens, backend: str, segment_ids: Any) -> Responses:
-    if segment_ids is not None:
-        return Responses.segments_of(tokens, backend, segment_ids)
-    if len(tokens.shape) < 2:
-        raise ValueError(
-            "level='sequence' takes the rows of a (B, T) target as sequences; a target of shape "
-            f"{tuple(tokens.shape)} needs segment_ids"
-        )
-    return Responses.rows_of(tokens, backend)
-
-
-def _value_of(sequences: Responses, value: Any) -> Tensor | None:
-    """Expand the offset to the sequences: (count,), or None for 0."""
-    tokens = sequences.tokens
-    if not isinstance(value, Tensor):
-        value = check_offset(value, tokens.y.device)
-        if value is None:
-            return None
-    check_float("value", value)
-    refuse_unserved("value", value)
-    check_device("value", value, "target", tokens.y)
-    if sequences.order is None:
-        return expand("value", value, tokens.shape[:-1], "the sequences'").reshape(-1)
-    # The number of segments is data: one value for all, or one each, in the order of row and id.
-    if value.numel() == 1:
-        return value.reshape(1).expand(sequences.count)
-    if value.dim() != 1 or value.numel() > sequences.count:
-        raise ValueError(
-            "value must be a number or hold one entry per sequence, ordered by row and "
-            f"segment id, got shape {tuple(value.shape)}"
-        )
-    return F.pad(value, (0, sequences.count - value.numel()))

@@ -186,33 +186,6 @@ def split_linear(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, An
     return {name: value for name, value in given.items() if name not in LINEAR}, linear
 
 
-def as_tensor(value: float, device: torch.device) -> Tensor:
-    """Make a number a 0-d fp64 tensor.
-
-    A product, because ``torch.full`` would compile anew for each value of a number that changes
-    from call to call of a compiled function.
-    """
-    return torch.ones((), dtype=torch.float64, device=device) * value
-
-
-def mean_factor(count: Tensor, options: Options) -> Tensor:
-    """Return what a sum is multiplied by, 0-d fp64: 1, or 1 / divisor; 0 for an empty batch.
-
-    ``count`` is the number of counted items, 0-d; no host synchronisation.
-    """
-    if options.reduction == "sum":
-        return torch.ones((), dtype=torch.float64, device=count.device)
-    divisor: Tensor
-    if options.num_items is None:
-        divisor = count
-    elif isinstance(options.num_items, Tensor):
-        divisor = options.num_items.detach().to(count.device, non_blocking=True)
-    else:
-        divisor = as_tensor(options.num_items, count.device)
-    divisor = divisor.double()
-    return torch.where(divisor == 0.0, 0.0, 1.0 / divisor)
-
-
 def check_token_loss(loss: str | TokenLoss) -> TokenLoss:
     """Return the member of the family that was named, or the user's own."""
     if isinstance(loss, TokenLoss):

@@ -13,10 +13,15 @@ from fused_losses.arguments import check_number, has_data, plain
 from fused_losses.backends import lines
 from fused_losses.engine.unit_sum import UnitChunk
 from fused_losses.functional.observe import PairStats, report_stats, statistics_wanted
-from fused_losses.functional.options import Options, check_num_items, mean_factor
+from fused_losses.functional.options import Options, check_num_items
 from fused_losses.functional.responses import Responses
 from fused_losses.functional.sources import Source
-from fused_losses.functional.tokens import Tokens, check_device, check_reference
+from fused_losses.functional.tokens import (
+    Tokens,
+    check_device,
+    check_reference,
+    mean_factor,
+)
 from fused_losses.preference import (
     PairOptions,
     Pairs,
@@ -74,7 +79,7 @@ class _Batch:
             )
         if len(tokens.shape) > 2:
             raise ValueError(f"target must be (2B, T), got {tuple(tokens.shape)}")
-        responses = Responses.rows_of(tokens, backend, sides=2)
+        responses = replace(Responses.of(tokens, backend), sides=2)
         ref, ref_sums = _reference(ref_logps, tokens)
         lengths = responses.lengths()
         if ref_sums is not None:

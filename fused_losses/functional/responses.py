@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from fused_losses.arguments import check_ids
 from fused_losses.engine.segment_sum import segment_sum
 from fused_losses.engine.unit_sum import UnitChunk
-from fused_losses.functional.tokens import Tokens
+from fused_losses.functional.tokens import Tokens, expand
 
 
 @dataclass(frozen=True)
@@ -35,30 +34,29 @@ class Responses:
     order: Tensor | None = None
 
     @staticmethod
-    def rows_of(tokens: Tokens, backend: str, *, sides: int = 1) -> Responses:
-        """Each row of a (..., T) target is a response."""
-        T = tokens.shape[-1]
-        of_row = torch.arange(tokens.y.numel(), device=tokens.y.device) // max(T, 1)
-        return Responses(tokens, backend, of_row, tokens.shape[:-1].numel(), sides)
+    def of(tokens: Tokens, backend: str, segment_ids: Tensor | None = None) -> Responses:
+        """Each row of a (B, T) target is a response, or each segment inside a row.
 
-    @staticmethod
-    def segments_of(tokens: Tokens, backend: str, segment_ids: Any) -> Responses:
-        """Each segment inside a row of the target is one; ids are local to a row.
+        ``segment_ids`` are per row of the logits (N,), and local to a row of the target.
 
         Raises:
-            TypeError: segment_ids are not integers.
-            ValueError: They have not target's shape.
+            ValueError: A 1-D target without segment_ids.
         """
-        check_ids("segment_ids", segment_ids)
-        ids = tokens.flat("segment_ids", segment_ids).to(torch.int64)
         T = tokens.shape[-1] if len(tokens.shape) else 1
-        row = torch.arange(ids.numel(), device=ids.device) // max(T, 1)
+        row = torch.arange(tokens.y.numel(), device=tokens.y.device) // max(T, 1)
+        if segment_ids is None:
+            if len(tokens.shape) < 2:
+                raise ValueError(
+                    "level='sequence' takes the rows of a (B, T) target as sequences; a target of "
+                    f"shape {tuple(tokens.shape)} needs segment_ids"
+                )
+            return Responses(tokens, backend, row, tokens.shape[:-1].numel())
         # Sorted by row and id, a segment is a run: no count is needed.
-        by_id = torch.argsort(ids, stable=True)
+        by_id = torch.argsort(segment_ids, stable=True)
         order = by_id[torch.argsort(row[by_id], stable=True)]
-        ids, row = ids[order], row[order]
-        starts = torch.ones_like(ids)
-        starts[1:] = ((ids[1:] != ids[:-1]) | (row[1:] != row[:-1])).to(ids.dtype)
+        ids, row = segment_ids[order], row[order]
+        starts = torch.ones_like(row)
+        starts[1:] = ((ids[1:] != ids[:-1]) | (row[1:] != row[:-1])).to(row.dtype)
         run = starts.cumsum(0) - 1
         of_row = torch.empty_like(run).scatter_(0, order, run)
         return Responses(tokens, backend, of_row, of_row.numel(), order=order)
@@ -72,6 +70,26 @@ class Responses:
     def unit_of(self) -> Tensor:
         """(N,) unit of each row."""
         return self.of_row if self.sides == 1 else self.of_row % max(self.units, 1)
+
+    def value(self, offset: Tensor | None) -> Tensor | None:
+        """Expand a checked offset to the responses: (count,).
+
+        Raises:
+            ValueError: It does not broadcast to them.
+        """
+        if offset is None:
+            return None
+        if self.order is None:
+            return expand("value", offset, self.tokens.shape[:-1], "the sequences'").reshape(-1)
+        # The number of segments is data: one value for all, or one each, by row and id.
+        if offset.numel() == 1:
+            return offset.reshape(1).expand(self.count)
+        if offset.dim() != 1 or offset.numel() > self.count:
+            raise ValueError(
+                "value must be a number or hold one entry per sequence, ordered by row and "
+                f"segment id, got shape {tuple(offset.shape)}"
+            )
+        return F.pad(offset, (0, self.count - offset.numel()))
 
     def lengths(self) -> Tensor:
         """Counted tokens of each response, (units, sides)."""

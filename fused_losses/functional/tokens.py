@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused_losses.arguments import check_number, has_data, refuse_unserved
+from fused_losses.arguments import check_ids, check_number, has_data, refuse_unserved
 from fused_losses.engine.rows import stats_of
-from fused_losses.functional.options import Options, as_tensor
+from fused_losses.functional.options import Options
 from fused_losses.stats import TokenStats
 
 _INT = (torch.int64, torch.int32)
@@ -114,16 +114,28 @@ class Tokens:
         check_reference(ref_logps)
         return self.flat("ref_logps", ref_logps.detach())
 
-    def value(self, value: Any) -> Tensor | None:
-        """Check the offset of the reward and expand it to the rows; None is 0."""
+    def ids(self, name: str, ids: Any) -> Tensor | None:
+        """Check integer ids of target's shape and flatten them."""
+        if ids is None:
+            return None
+        check_ids(name, ids)
+        return self.flat(name, ids).to(torch.int64)
+
+    def offset(self, value: Any) -> Tensor | None:
+        """Check the offset of the reward: a tensor of any shape, None for 0."""
         if not isinstance(value, Tensor):
-            value = check_offset(value, self.y.device)
-            if value is None:
-                return None
+            value = check_number("value", value)
+            return None if value == 0.0 else as_tensor(value, self.y.device)
         check_float("value", value)
         refuse_unserved("value", value)
         check_device("value", value, "target", self.y)
-        return self.flat("value", expand("value", value, self.shape, "target"))
+        return value
+
+    def value(self, offset: Tensor | None) -> Tensor | None:
+        """Expand a checked offset to the rows: (N,)."""
+        if offset is None:
+            return None
+        return self.flat("value", expand("value", offset, self.shape, "target"))
 
     def weight(self, token_weight: Any) -> Tensor | None:
         """Check token weights and flatten them; ignored positions weigh 0, whatever they hold."""
@@ -159,10 +171,13 @@ def check_reference(ref_logps: Any) -> None:
         )
 
 
-def check_offset(value: Any, device: torch.device) -> Tensor | None:
-    """Turn a number into a 0-d tensor, 0 into None."""
-    value = check_number("value", value)
-    return None if value == 0.0 else as_tensor(value, device)
+def as_tensor(value: float, device: torch.device) -> Tensor:
+    """Make a number a 0-d fp64 tensor.
+
+    A product, because ``torch.full`` would compile anew for each value of a number that changes
+    from call to call of a compiled function.
+    """
+    return torch.ones((), dtype=torch.float64, device=device) * value
 
 
 def expand(name: str, t: Tensor, shape: torch.Size, shape_name: str) -> Tensor:
@@ -173,6 +188,24 @@ def expand(name: str, t: Tensor, shape: torch.Size, shape_name: str) -> Tensor:
         raise ValueError(
             f"{name} must broadcast to {shape_name}'s shape {tuple(shape)}, got {tuple(t.shape)}"
         ) from None
+
+
+def mean_factor(count: Tensor, options: Options) -> Tensor:
+    """Return what a sum is multiplied by, 0-d fp64: 1, or 1 / divisor; 0 for an empty batch.
+
+    ``count`` is the number of counted items, 0-d; no host synchronisation.
+    """
+    if options.reduction == "sum":
+        return torch.ones((), dtype=torch.float64, device=count.device)
+    divisor: Tensor
+    if options.num_items is None:
+        divisor = count
+    elif isinstance(options.num_items, Tensor):
+        divisor = options.num_items.detach().to(count.device, non_blocking=True)
+    else:
+        divisor = as_tensor(options.num_items, count.device)
+    divisor = divisor.double()
+    return torch.where(divisor == 0.0, 0.0, 1.0 / divisor)
 
 
 def _check_labels(target: Tensor, vocabulary: int, options: Options) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fused_losses_kernels import lines
 from fused_losses_kernels.launch import row_launch
+from fused_losses_kernels.operands import check_per_row, check_rows, check_written
 from fused_losses_kernels.row_common import (
     accumulator,
     row_offset,
@@ -113,8 +114,14 @@ def row_gradient(
     """Fill ``dz``, of z's shape with contiguous rows; it may be z itself.
 
     z may hold the columns from ``first_column`` on of V.
+
+    Raises:
+        ValueError: Operands that the kernel would read or write at wrong places.
     """
     N = y.numel()
+    check_rows(z, y, rows, first_column, V)
+    check_per_row(N, dlogp=dlogp, dlse=dlse, dmean=dmean, dentropy=dentropy)
+    check_written("dz", dz, z.shape)
     if N == 0:
         return
     C = z.shape[-1]

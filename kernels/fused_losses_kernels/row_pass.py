@@ -33,6 +33,7 @@ from torch import Tensor
 from fused_losses_kernels import lines
 from fused_losses_kernels.elementary import tanh_and_slope
 from fused_losses_kernels.launch import row_launch
+from fused_losses_kernels.operands import check_per_row, check_rows, check_written
 from fused_losses_kernels.row_common import (
     accumulator,
     row_offset,
@@ -252,8 +253,15 @@ def row_pass(
     """Fill ``rows`` and, if given, ``exponentials`` (rows contiguous; it may be z itself).
 
     z may hold the columns from ``first_column`` on of V; ranges come in order.
+
+    Raises:
+        ValueError: Operands that the kernel would read or write at wrong places.
     """
     N = y.numel()
+    check_rows(z, y, rows, first_column, V)
+    check_per_row(N, ref=ref, value=value)
+    if exponentials is not None:
+        check_written("exponentials", exponentials, (N, z.shape[-1]))
     if N == 0:
         return
     C = z.shape[-1]

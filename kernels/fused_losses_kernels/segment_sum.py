@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from fused_losses_kernels.operands import check_per_row
 
 _BLOCK = 1024
 
@@ -26,7 +29,18 @@ def segment_sum(
     offsets: Tensor,  # (S + 1,) int64, ascending
     out: Tensor,  # (S,)
 ) -> None:
-    """Write ``out[i] = x[offsets[i] : offsets[i + 1]].sum()``."""
+    """Write ``out[i] = x[offsets[i] : offsets[i + 1]].sum()``.
+
+    Raises:
+        ValueError: Operands that the kernel would read or write at wrong places.
+    """
+    check_per_row(x.numel(), x=x)
+    check_per_row(offsets.numel() - 1, out=out)
+    if offsets.dim() != 1 or offsets.dtype != torch.int64 or not offsets.is_contiguous():
+        raise ValueError(
+            f"offsets must be a contiguous vector of int64, got {tuple(offsets.shape)} of "
+            f"{offsets.dtype} with strides {offsets.stride()}"
+        )
     if out.numel():
         acc = tl.float64 if x.element_size() == 8 else tl.float32
         _segment_sum_kernel[(out.numel(),)](x, offsets, out, ACC=acc, BLOCK=_BLOCK)

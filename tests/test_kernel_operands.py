@@ -1,0 +1,111 @@
+"""Launchers refuse what their kernels would read or write at wrong places."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="Triton has no wheel for this platform")
+
+from fused_losses_kernels import lines
+from fused_losses_kernels.row_gradient import row_gradient
+from fused_losses_kernels.row_pass import row_pass
+from fused_losses_kernels.segment_sum import segment_sum
+
+N, V = 4, 6
+OPTIONS: dict[str, Any] = dict(ignore_index=-100, pre=1.0, cap=None, first_column=0, V=V)
+
+
+def _passed(device: torch.device, **changes: Any) -> Tensor:
+    given: dict[str, Any] = dict(
+        z=torch.randn(N, V), y=torch.arange(N), rows=torch.empty(lines.LINES, N), ref=None,
+        value=None, exponentials=None, phi=None, beta=1.0, r0=float("-inf"), label_smoothing=0.0,
+        z_loss=0.0, entropy=False, top1=False,
+    )  # fmt: skip
+    given |= OPTIONS | changes
+    given = {k: t.to(device) if isinstance(t, Tensor) else t for k, t in given.items()}
+    row_pass(given.pop("z"), given.pop("y"), given.pop("rows"), **given)
+    return given["exponentials"]
+
+
+def _differentiated(device: torch.device, **changes: Any) -> None:
+    given: dict[str, Any] = dict(
+        z=torch.randn(N, V), y=torch.arange(N), rows=torch.ones(lines.LINES, N),
+        dlogp=torch.ones(N), dlse=None, dmean=None, dentropy=None, dz=torch.empty(N, V),
+    )  # fmt: skip
+    given |= OPTIONS | changes
+    given = {k: t.to(device) if isinstance(t, Tensor) else t for k, t in given.items()}
+    row_gradient(given.pop("z"), given.pop("y"), given.pop("rows"), **given)
+
+
+STRIDED = torch.ones(N, 2)[:, 0]
+SHARED: dict[str, Any] = {
+    "labels with a stride": ("y", torch.zeros(N, 2, dtype=torch.int64)[:, 0]),
+    "expanded labels": ("y", torch.zeros(1, dtype=torch.int64).expand(N)),
+    "labels of two dimensions": ("y", torch.zeros(2, 2, dtype=torch.int64)),
+    "labels that are floats": ("y", torch.zeros(N)),
+    "labels of bytes": ("y", torch.zeros(N, dtype=torch.uint8)),
+    "too few labels": ("y", torch.zeros(N - 1, dtype=torch.int64)),
+    "row results of too few rows": ("rows", torch.ones(lines.LINES, N - 1)),
+    "row results of too few lines": ("rows", torch.ones(lines.LINES - 1, N)),
+    "row results with a stride": ("rows", torch.ones(N, lines.LINES).t()),
+    "row results in 16 bits": ("rows", torch.ones(lines.LINES, N).bfloat16()),
+    "logits of other rows": ("z", torch.randn(N + 1, V)),
+    "logits of one dimension": ("z", torch.randn(N * V)),
+    "columns beyond the vocabulary": ("first_column", 1),
+}
+PASSED = {
+    "references with a stride": ("ref", STRIDED),
+    "values of too few rows": ("value", torch.ones(1)),
+    "values with a stride": ("value", torch.ones(1).expand(N)),
+    "references that are integers": ("ref", torch.ones(N, dtype=torch.int64)),
+    "exponentials of another shape": ("exponentials", torch.empty(N, V + 1)),
+    "exponentials with a stride": ("exponentials", torch.empty(V, N).t()),
+}
+DIFFERENTIATED = {
+    **{f"{name} with a stride": (name, STRIDED) for name in ("dlogp", "dlse", "dmean", "dentropy")},
+    **{f"{name} of other rows": (name, torch.ones(N + 1)) for name in ("dlogp", "dlse")},
+    "a gradient of another shape": ("dz", torch.empty(N, V + 1)),
+    "a gradient with a stride": ("dz", torch.empty(N, 2 * V)[:, ::2]),
+}
+
+
+@pytest.mark.parametrize(("name", "wrong"), (SHARED | PASSED).values(), ids=SHARED | PASSED)
+def test_a_row_pass_refuses(device: torch.device, name: str, wrong: Any) -> None:
+    with pytest.raises(ValueError, match=r"must be|beyond a vocabulary"):
+        _passed(device, **{name: wrong})
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"), (SHARED | DIFFERENTIATED).values(), ids=SHARED | DIFFERENTIATED
+)
+def test_a_row_gradient_refuses(device: torch.device, name: str, wrong: Any) -> None:
+    with pytest.raises(ValueError, match=r"must be|beyond a vocabulary"):
+        _differentiated(device, **{name: wrong})
+
+
+def test_what_fits_is_taken(device: torch.device) -> None:
+    _passed(device, y=torch.zeros(N, dtype=torch.int32), ref=torch.ones(N), z=torch.randn(V, N).t())
+    _passed(device, z=torch.randn(2, 2, V), exponentials=torch.empty(N, 2 * V)[:, :V])
+    _differentiated(device, dz=torch.empty(N, 2 * V)[:, :V], dlse=torch.ones(N))
+
+
+@pytest.mark.parametrize(
+    ("x", "offsets", "size"),
+    [
+        (torch.ones(6, 2)[:, 0], torch.tensor([0, 2, 6]), 2),
+        (torch.ones(6), torch.tensor([0, 2, 6]), 3),
+        (torch.ones(6), torch.tensor([0, 2, 6], dtype=torch.int32), 2),
+        (torch.ones(6), torch.zeros(3, 2, dtype=torch.int64)[:, 0], 2),
+        (torch.ones(6, dtype=torch.int64), torch.tensor([0, 2, 6]), 2),
+    ],
+    ids=["strided values", "sizes that differ", "int32", "strided offsets", "integers"],
+)
+def test_sums_of_segments_refuse(
+    device: torch.device, x: Tensor, offsets: Tensor, size: int
+) -> None:
+    with pytest.raises(ValueError, match="must be"):
+        segment_sum(x.to(device), offsets.to(device), torch.empty(size, device=device))

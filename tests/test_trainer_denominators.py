@@ -84,15 +84,13 @@ def test_every_loss_logs_the_plain_negative_log_likelihood(
 
 
 def test_no_log_holds_a_negative_zero(tmp_path):
-    config = sft_config(tmp_path, loss="pearson", max_steps=1)
-    trainer = SFTTrainer(llama(), config, sft_rows(4), sft_rows(4))
-    trainer.train()
-    trainer.evaluate()
-    trained, evaluated = trainer.state.log_history[0], trainer.state.log_history[-1]
-    assert trained["loss"] == trained["rewards/implicit"] == 0.0
-    assert "eval_loss" in evaluated
-    for logs in (trained, evaluated):
-        assert not [k for k, v in logs.items() if v == 0 and math.copysign(1.0, v) < 0]
+    trainer = SFTTrainer(llama(), sft_config(tmp_path), sft_rows(4))
+    # As where a divergence starts at 0 and the Trainer rounds what is a little below.
+    trainer.log({"loss": -0.0, "grad_norm": 1.5})
+    trainer.log({"eval_loss": -0.0, "eval_drift": 0.0})
+    zeros = [v for logs in trainer.state.log_history for v in logs.values() if v == 0.0]
+    assert len(zeros) >= 3
+    assert all(math.copysign(1.0, zero) > 0 for zero in zeros)
 
 
 @pytest.mark.parametrize("restore", [False, True])

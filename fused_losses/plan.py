@@ -1,20 +1,19 @@
 """How a call will run: route, blocks, FLOPs and bytes, decided before anything is computed.
 
-Pure functions of shapes, dtypes, who needs a gradient and the byte budget. One GEMM over the head
-is 2 N D V FLOPs, N the labels that are not ignored. The routes of the linear path, with their FLOPs
-in units of N D V:
+Pure functions of shapes, dtypes, who needs a gradient and the byte budget. One product over the
+head is 2 N D V FLOPs, N the labels that are not ignored. The routes of the linear path:
 
-- forward (2): no gradient is wanted.
-- frozen (4): the head is, whatever the loss. Ranges of the vocabulary; d logp / d x is summed
+- forward, 2 N D V: no gradient is wanted.
+- frozen, 4 N D V: the head is, whatever the loss. Ranges of the vocabulary; d logp / d x is summed
   beside the row statistics, as attention sums its values, and scaled by the loss's weights.
-- token (6): a reduced token loss; gradients are formed while the block's logits exist.
-- unit (6): a function of the log-probs of whole units, called once per block of them.
-- recompute (8): any use of log-probs or per-token losses; ranges of the vocabulary are made again
-  once the weights are known, and dW is rounded once. (6 where only the hidden states want it.)
+- token, 6 N D V: a reduced token loss; gradients are formed while the chunk's logits exist.
+- unit, 6 N D V: a function of the log-probs of whole units, called once per chunk of them.
+- recompute, 8 N D V: any use of log-probs or per-token losses; ranges of the vocabulary are made
+  again once the weights are known, and dW is rounded once. (6 where only hidden states want it.)
 
-"token" and "unit" take whole rows, blocks of tokens; the others tiles, of blocks and ranges. Where
+"token" and "unit" take whole rows, chunks of tokens; the others tiles, of chunks and ranges. Where
 several would do, ``cost`` decides, written down in :mod:`fused_losses.cost`: on a tight budget
-making the logits twice is cheaper than many blocks, each of which reads the head and adds to dW.
+making the logits twice is cheaper than many chunks, each of which reads the head and adds to dW.
 """
 
 from __future__ import annotations

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import io
 import re
 import sys
+import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -127,7 +129,7 @@ def circle(root: Path) -> list[str]:
 
 def text_files(root: Path) -> Iterator[Path]:
     """Every text file of the repository, the README and the set-up included."""
-    folders = ("fused_losses", "kernels", "tests", "benchmarks", "examples", ".ci")
+    folders = ("fused_losses", "kernels", "tests", "benchmarks", "docs", "examples", ".ci")
     paths = [*root.iterdir(), *(path for folder in folders for path in (root / folder).rglob("*"))]
     for path in sorted(paths):
         known = path.suffix in {".py", ".md", ".toml", ".txt", ".yaml", ".yml", ".sh", ""}
@@ -283,3 +285,46 @@ def test_scripts_of_two_folders_never_share_a_name():
         path.stem for folder in ("examples", "benchmarks") for path in ROOT.glob(f"{folder}/*.py")
     ]
     assert len(names) == len(set(names))
+
+
+def _comments_and_docstrings(path: Path) -> Iterator[str]:
+    for token in tokenize.generate_tokens(io.StringIO(path.read_text(encoding="utf-8")).readline):
+        text = token.type == tokenize.STRING and token.string.startswith('"""')
+        if text or token.type == tokenize.COMMENT:
+            yield token.string
+
+
+# "(7)", "(9)-(11)", "(5, 6)"; not a call, a shape or a power.
+CITATION = re.compile(r"(?<![\w)`\].*])\(([1-9]\d?)(?:, (\d{1,2}))*\)")
+
+
+def test_every_equation_that_code_cites_is_derived_in_the_repository():
+    page = (ROOT / "docs" / "objectives.md").read_text(encoding="utf-8")
+    derived = set(re.findall(r"\\tag\{(\d+)\}", page))
+    assert derived == {str(n) for n in range(1, 15)}
+    cited = {
+        number
+        for path in source_files(ROOT).values()
+        for text in _comments_and_docstrings(path)
+        for found in CITATION.finditer(text)
+        for number in found.groups()
+        if number
+    }
+    assert {"5", "6", "7", "9", "12", "13", "14"} <= cited <= derived
+
+
+def test_the_glossary_names_what_the_code_is_made_of():
+    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    glossary = page.split("## Words")[1].split("\n## ")[0]
+    for word in ("row", "token", "position", "chunk", "range", "unit", "source", "reference"):
+        assert re.search(rf"^\| [^|]*\b{word}\b", glossary, re.MULTILINE), word
+
+
+def test_what_a_call_takes_at_a_time_is_a_chunk_and_not_a_block():
+    for name, path in source_files(ROOT).items():
+        if part_of(name) not in {"engine", "functional"}:
+            continue
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        names = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)}
+        names |= {n.arg for n in ast.walk(tree) if isinstance(n, ast.arg)}
+        assert [n for n in names if re.fullmatch(r"blocks|tiles", n)] == [], name

@@ -66,8 +66,8 @@ class GradientSums:
                 dtype=torch.float32 if self._half else planned.x.dtype,
                 memory_format=torch.contiguous_format,
             )
-        blocks = len(planned.plan.chunks)
-        self._sums = HeadGradient(self.head, need_dw, need_db, options.accum_dtype, blocks)
+        chunks = len(planned.plan.chunks)
+        self._sums = HeadGradient(self.head, need_dw, need_db, options.accum_dtype, chunks)
 
     def dx_of(self, at: Place, x: Tensor) -> Tensor | None:
         """Return memory for the gradient of some hidden states (R, D), its own place if it can."""

@@ -58,25 +58,25 @@ class Head:
 
 
 class HeadGradient:
-    """Gradients of weight and bias, summed over the blocks of tokens of a call.
+    """Gradients of weight and bias, summed over the chunks of a call.
 
-    A single block needs no buffer: its product is the gradient, rounded once. Several are
+    A single chunk needs no buffer: its product is the gradient, rounded once. Several are
     accumulated in ``accum_dtype``: sums of 16-bit numbers would lose the rows of rare tokens.
     """
 
     def __init__(
-        self, head: Head, need_dw: bool, need_db: bool, accum_dtype: torch.dtype, blocks: int
+        self, head: Head, need_dw: bool, need_db: bool, accum_dtype: torch.dtype, chunks: int
     ) -> None:
         compute = head.compute_dtype
         wide = torch.promote_types(compute, torch.float32)
         # fp16 has no room for a gradient that still lacks the factor 1 / count.
         if compute == torch.float16:
             dtype = wide
-        elif blocks == 1:
+        elif chunks == 1:
             dtype = compute
         else:
             dtype = torch.promote_types(compute, accum_dtype)
-        make = torch.zeros_like if blocks == 0 else torch.empty_like
+        make = torch.zeros_like if chunks == 0 else torch.empty_like
         # Contiguous, as the fakes of the operators promise, whatever the weight is.
         form = torch.contiguous_format
         self.dw = make(head.weight, dtype=dtype, memory_format=form) if need_dw else None
@@ -84,7 +84,7 @@ class HeadGradient:
         self._begun: set[int] = set()
 
     def add(self, dz: Tensor, x: Tensor, scale: Tensor | None, columns: slice) -> None:
-        """Add a block: ``dw += dz.T @ x``, ``db += dz.sum(0)``, dz's rows times ``scale``."""
+        """Add a chunk: ``dw += dz.T @ x``, ``db += dz.sum(0)``, dz's rows times ``scale``."""
         if self.dw is not None:
             # (R, D), not (R, C): the factor goes to the smaller operand.
             scaled = x if scale is None else (x * scale[:, None]).to(x.dtype)

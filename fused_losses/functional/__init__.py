@@ -13,7 +13,6 @@ from fused_losses.functional.logits import (
     mle_loss,
     pearson_loss,
     token_loss,
-    token_stats,
 )
 from fused_losses.functional.observe import PairStats, explain, with_stats
 from fused_losses.functional.options import (
@@ -22,7 +21,8 @@ from fused_losses.functional.options import (
     SharedLinearOptions,
     SharedOptions,
 )
-from fused_losses.functional.own_loss import linear_loss, linear_token_stats
+from fused_losses.functional.own_loss import linear_loss
+from fused_losses.functional.statistics import linear_token_stats, token_stats
 
 __all__ = [
     "CommonOptions",

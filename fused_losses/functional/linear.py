@@ -67,30 +67,12 @@ def linear_pearson_loss(
 ) -> Tensor:
     """:func:`pearson_loss` from hidden states, at the cost of :func:`linear_mle_loss`.
 
+    Arguments, returns and errors are those of :func:`pearson_loss`; in place of the logits come
+    the hidden states ``input`` (..., D) and the head ``linear_weight`` (V, D) of
+    :func:`linear_mle_loss`, and ``common`` is :class:`fused_losses.LinearOptions`.
+
     Logits of 16-bit operands are fp32 by default: ratios to a reference need it. Policy and
     reference should take the same path. Sequences are whole units (:func:`linear_loss`).
-
-    Args:
-        input: (..., D) hidden states, floating point.
-        linear_weight: (V, D).
-        target: (...), int64 or int32, in [0, V) or ``ignore_index``.
-        ref_logps: As in :func:`pearson_loss`.
-        beta: As in :func:`pearson_loss`.
-        value: As in :func:`pearson_loss`.
-        level: As in :func:`pearson_loss`.
-        segment_ids: As in :func:`pearson_loss`.
-        **common: See :class:`fused_losses.LinearOptions`; refusals as in :func:`pearson_loss`.
-
-    Returns:
-        As :func:`pearson_loss`.
-
-    Raises:
-        TypeError: As :func:`linear_mle_loss`.
-        ValueError: As :func:`pearson_loss` and :func:`linear_mle_loss`.
-        IndexError: As :func:`linear_mle_loss`.
-
-    References:
-        Implicit Reward as the Bridge, arXiv 2507.00018.
     """
     source, options = open_source(linear_pearson_loss, input, linear_weight, common, precise=True)
     family = Family("pearson", beta, value, level, segment_ids=segment_ids)
@@ -112,28 +94,11 @@ def linear_hellinger_loss(
 ) -> Tensor:
     """:func:`hellinger_loss` from hidden states, at the cost of :func:`linear_mle_loss`.
 
-    Args:
-        input: (..., D) hidden states, floating point.
-        linear_weight: (V, D).
-        target: (...), int64 or int32, in [0, V) or ``ignore_index``.
-        ref_logps: As in :func:`pearson_loss`.
-        beta: As in :func:`pearson_loss`.
-        value: As in :func:`pearson_loss`.
-        level: As in :func:`pearson_loss`.
-        max_weight: As in :func:`hellinger_loss`.
-        segment_ids: As in :func:`pearson_loss`.
-        **common: See :class:`fused_losses.LinearOptions`; refusals as in :func:`pearson_loss`.
+    Arguments, returns and errors are those of :func:`hellinger_loss`; in place of the logits come
+    the hidden states ``input`` (..., D) and the head ``linear_weight`` (V, D) of
+    :func:`linear_mle_loss`, and ``common`` is :class:`fused_losses.LinearOptions`.
 
-    Returns:
-        As :func:`pearson_loss`.
-
-    Raises:
-        TypeError: As :func:`linear_mle_loss`.
-        ValueError: As :func:`pearson_loss` and :func:`linear_mle_loss`.
-        IndexError: As :func:`linear_mle_loss`.
-
-    References:
-        Implicit Reward as the Bridge, arXiv 2507.00018.
+    Precision and sequences as in :func:`linear_pearson_loss`.
     """
     source, options = open_source(linear_hellinger_loss, input, linear_weight, common, precise=True)
     family = Family("hellinger", beta, value, level, max_weight, segment_ids)
@@ -156,29 +121,11 @@ def linear_token_loss(
 ) -> Tensor:
     """:func:`token_loss` from hidden states, at the cost of :func:`linear_mle_loss`.
 
-    Args:
-        input: (..., D) hidden states, floating point.
-        linear_weight: (V, D).
-        target: (...), int64 or int32, in [0, V) or ``ignore_index``.
-        ref_logps: As in :func:`token_loss`.
-        loss: As in :func:`token_loss`.
-        beta: As in :func:`token_loss`.
-        value: As in :func:`token_loss`.
-        level: As in :func:`token_loss`.
-        max_weight: As in :func:`token_loss`.
-        segment_ids: As in :func:`pearson_loss`.
-        **common: See :class:`fused_losses.LinearOptions`; refusals as in :func:`token_loss`.
+    Arguments, returns and errors are those of :func:`token_loss`; in place of the logits come
+    the hidden states ``input`` (..., D) and the head ``linear_weight`` (V, D) of
+    :func:`linear_mle_loss`, and ``common`` is :class:`fused_losses.LinearOptions`.
 
-    Returns:
-        As :func:`pearson_loss`.
-
-    Raises:
-        TypeError: As :func:`linear_mle_loss`.
-        ValueError: As :func:`token_loss` and :func:`linear_mle_loss`.
-        IndexError: As :func:`linear_mle_loss`.
-
-    References:
-        Implicit Reward as the Bridge, arXiv 2507.00018.
+    Precision and sequences as in :func:`linear_pearson_loss`; ``mle`` as :func:`linear_mle_loss`.
     """
     precise = check_token_loss(loss).uses_reference
     source, options = open_source(linear_token_loss, input, linear_weight, common, precise=precise)
@@ -203,31 +150,46 @@ def linear_dpo_loss(
 ) -> Tensor:
     """:func:`dpo_loss` from hidden states: 6 N D V FLOPs, as for a token loss.
 
-    A chunk holds whole pairs, so a pair's margin is known before its gradient products; the whole
-    batch for ``aot``, which sorts over it. What does not fit the workspace, ``reduction="none"``
-    and ``torch.compile`` run by recomputation (8).
+    ``Delta = sum(logp - ref) over chosen - the same over rejected``, equation (9), by tokens first,
+    then :func:`preference_loss`, (10) and (11). A chunk holds whole pairs, so a pair's margin is
+    known before its gradient products; the whole batch for ``aot``, which sorts over it. What does
+    not fit the workspace, ``reduction="none"`` and ``torch.compile`` recompute the logits in
+    backward: 8 N D V. With a frozen weight 4 N D V, whatever fits.
 
     Args:
-        input: (2B, T, D) hidden states, rows [chosen; rejected] along dimension 0.
-        linear_weight: (V, D).
-        target: (2B, T), int64 or int32; ``ignore_index`` outside the responses.
-        ref_logps: As in :func:`dpo_loss`.
-        beta: As in :func:`dpo_loss`.
-        loss_type: As in :func:`dpo_loss`.
-        label_smoothing: As in :func:`dpo_loss`.
-        simpo_gamma: As in :func:`dpo_loss`.
-        discopop_tau: As in :func:`dpo_loss`.
-        sft_weight: As in :func:`dpo_loss`.
-        sft_num_items: As in :func:`dpo_loss`.
-        **common: See :class:`fused_losses.SharedLinearOptions`; refusals as in :func:`dpo_loss`.
+        input: (2B, T, D) hidden states, floating point, rows [chosen; rejected] along dimension 0.
+        linear_weight: (V, D) weight of the head.
+        target: (2B, T) labels, int64 or int32, in [0, V); ``ignore_index`` outside the responses.
+        ref_logps: Log-probs of the labels under the reference model, nats, float32 or float64: per
+            token (2B, T), or summed per sequence (2B,), or None for no reference (``simpo``,
+            ``cpo`` and ``orpo`` demand None). Never differentiated.
+        beta: Strength of the tie to the reference, > 0.
+        loss_type: ``sigmoid``, ``hinge``, ``ipo`` ...: see :func:`preference_loss`, which has the
+            formulas; or several with their weights, ``{"sigmoid": 1.0, "ipo": 0.5}``. Lengths are
+            the numbers of counted tokens.
+        label_smoothing: Share of pairs taken to be labelled the wrong way round; for ``sigmoid``,
+            ``robust`` (below 1/2), ``exo_pair`` (above 0) and ``aot``.
+        simpo_gamma: The margin of ``simpo``, >= 0 (None: 0.5); other losses refuse it.
+        discopop_tau: The width of ``discopop``'s blend, > 0 (None: 0.05); others refuse it.
+        sft_weight: Weight >= 0 of the mean negative log-likelihood of the chosen responses, in the
+            same pass; see :func:`dpo_loss`.
+        sft_num_items: Divisor of that term in place of the batch's chosen tokens.
+        **common: See :class:`fused_losses.SharedLinearOptions`; ``num_items`` counts pairs;
+            ``token_weight`` and ``z_loss`` are refused.
 
     Returns:
-        As :func:`dpo_loss`.
+        0-d mean over pairs that have a counted token (``reduction="none"``: (B,)), fp32 or fp64. An
+        empty response has log-prob 0, and warns.
 
     Raises:
-        TypeError: As :func:`linear_mle_loss`.
-        ValueError: As :func:`dpo_loss` and :func:`linear_mle_loss`.
-        IndexError: As :func:`linear_mle_loss`.
+        TypeError: Dtypes that nothing computes with; unknown options.
+        ValueError: An odd number of rows, a 1-D target, shapes, devices or options that do not fit;
+            a sharded weight; a workspace too small for one row.
+        IndexError: A label outside [0, V); on a GPU only with ``validate=True``, else the loss is
+            NaN.
+
+    References:
+        Rafailov et al., arXiv 2305.18290, eq. 7.
     """
     source, options = open_source(linear_dpo_loss, input, linear_weight, common, precise=True)
     pair = parse_pair_options(loss_type, beta, label_smoothing, simpo_gamma, discopop_tau)

@@ -7,7 +7,6 @@ from typing import Unpack
 
 from torch import Tensor
 
-from fused_losses.arguments import check_flag
 from fused_losses.functional.family import Family, run_family
 from fused_losses.functional.logits_source import LogitsSource
 from fused_losses.functional.options import (
@@ -15,12 +14,9 @@ from fused_losses.functional.options import (
     Level,
     SharedOptions,
     parse_options,
-    refuse_loss_options,
 )
 from fused_losses.functional.pairs import SFTTerm, run_dpo
-from fused_losses.functional.sources import statistics_of
 from fused_losses.preference import LossType, parse_pair_options
-from fused_losses.stats import TokenStats
 from fused_losses.token_losses import TokenLoss
 
 
@@ -82,8 +78,7 @@ def pearson_loss(
             level: to the sequences); differentiable.
         level: "token", or "sequence": sum the log-ratios of a sequence first.
         segment_ids: At sequence level, target's shape: the sequence of each token, local to its
-        row.
-            None: the rows of target are the sequences.
+            row. None: the rows of target are the sequences.
         inplace: Let backward overwrite the logits with their gradient.
         **common: See :class:`fused_losses.CommonOptions`; ``label_smoothing`` is refused, at
             sequence level also ``token_weight`` and ``z_loss``.
@@ -273,32 +268,3 @@ def dpo_loss(
     sft = SFTTerm(sft_weight, sft_num_items)
     source = LogitsSource.of(logits, options, inplace)
     return run_dpo(source, target, ref_logps, pair, sft, options)
-
-
-def token_stats(
-    logits: Tensor, target: Tensor, *, entropy: bool = False, **common: Unpack[SharedOptions]
-) -> TokenStats:
-    """Per-token log-probs, log-normalisers, entropies and top-1, without a log-softmax tensor.
-
-    Differentiable in the first three; the gradient is formed in one further read and one write.
-
-    Args:
-        logits: (..., V), floating point, any strides.
-        target: (...), int64 or int32, in [0, V) or ``ignore_index``.
-        entropy: Also compute the entropy (14).
-        **common: ``ignore_index``, ``softcap``, ``logit_scale``, ``temperature``, ``shift``,
-            ``backend`` and ``validate`` of :class:`fused_losses.SharedOptions`.
-
-    Returns:
-        :class:`TokenStats` of target's shape, fp32 (fp64 for fp64 logits), nats, 0 at ignored
-        positions; with ``shift`` a valid ``ref_logps``.
-
-    Raises:
-        TypeError: Dtypes that nothing computes with; unknown options.
-        ValueError: Shapes, devices or options that do not fit; options of a reduction.
-        IndexError: A label outside [0, V), as in :func:`mle_loss`.
-    """
-    options = parse_options(token_stats, common)
-    refuse_loss_options(options, "by token statistics")
-    check_flag("entropy", entropy)
-    return statistics_of(LogitsSource.of(logits, options), target, entropy=entropy)

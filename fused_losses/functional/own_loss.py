@@ -14,7 +14,7 @@ from fused_losses.engine.unit_sum import UnitChunk
 from fused_losses.functional.linear_source import open_source
 from fused_losses.functional.observe import report_stats, statistics_wanted
 from fused_losses.functional.options import SharedLinearOptions, refuse_loss_options
-from fused_losses.functional.sources import lays_out_units, statistics_of
+from fused_losses.functional.sources import lays_out_units
 from fused_losses.stats import TokenStats, call_on_stats
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -26,43 +26,6 @@ _eager_only = cast(
         "linear_token_stats with your loss to compile it"
     ),
 )
-
-
-def linear_token_stats(
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Tensor,
-    *,
-    entropy: bool = False,
-    **common: Unpack[SharedLinearOptions],
-) -> TokenStats:
-    """:func:`token_stats` from hidden states: the building block of any loss of log-probs.
-
-    Without gradients 2 N D V FLOPs: the way to compute reference log-probs. With them autograd may
-    use the results as it likes: 8 N D V in all, the chunks being made again in backward; 4 with a
-    frozen weight and bias (6 if ``entropy``). If the loss is a function of whole sequences or
-    pairs, :func:`linear_loss` does it for 6. Logits of 16-bit operands are fp32 by default.
-
-    Args:
-        input: (..., D) hidden states, floating point.
-        linear_weight: (V, D).
-        target: (...), int64 or int32, in [0, V) or ``ignore_index``.
-        entropy: Also compute the entropy (14).
-        **common: What :func:`token_stats` takes, and what :class:`fused_losses.SharedLinearOptions`
-        adds.
-
-    Returns:
-        As :func:`token_stats`.
-
-    Raises:
-        TypeError: As :func:`linear_mle_loss`.
-        ValueError: As :func:`linear_mle_loss`; options of a reduction.
-        IndexError: As :func:`linear_mle_loss`.
-    """
-    source, options = open_source(linear_token_stats, input, linear_weight, common, precise=True)
-    refuse_loss_options(options, "by token statistics")
-    check_flag("entropy", entropy)
-    return statistics_of(source, target, entropy=entropy)
 
 
 @_eager_only
@@ -80,8 +43,9 @@ def linear_loss(
 
     ``loss_fn`` is called on the log-probs of whole units while their chunk's logits exist; torch
     differentiates it, and the gradient products follow: 6 N D V FLOPs (4 with a frozen weight). If
-    a unit does not fit ``workspace_bytes`` the call runs by recomputation (8). Eager only: under
-    ``torch.compile`` it breaks the graph, and ``fullgraph=True`` is an error that says so.
+    a unit does not fit ``workspace_bytes``, the logits are made again in backward: 8 N D V. Eager
+    only: under ``torch.compile`` it breaks the graph, and ``fullgraph=True`` is an error that says
+    so.
 
     Args:
         input: (..., D) hidden states, floating point.

@@ -192,8 +192,8 @@ class DPOTrainer(trl.DPOTrainer):
 
     One loss of ``linear_dpo_loss`` runs within one pass (6 N D V FLOPs), against references per
     token. Several losses, and those that only TRL has, are TRL's own formulas on log-probs of this
-    engine (8). Policy and reference take the same path in the same precision, so that rewards start
-    at 0. Loss, gradients and metrics are TRL's but for:
+    engine, at 8 N D V. Policy and reference take the same path in the same precision, so that
+    rewards start at 0. Loss, gradients and metrics are TRL's but for:
 
     - ``label_smoothing`` also holds for ``sigmoid`` where it is the only loss; TRL ignores it.
     - ``ipo`` and ``sigmoid_norm`` divide by the tokens that are predicted. TRL also counts a first

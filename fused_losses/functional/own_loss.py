@@ -54,8 +54,9 @@ def linear_loss(
         loss_fn: ``(stats, rows) -> 0-d tensor``. ``stats`` is a 1-D :class:`TokenStats` of the
             counted tokens of some whole units, unit after unit; ``rows`` (int64) are their flat
             positions in target. Its results are summed, so it must be additive over units; units
-            without counted tokens never appear. Only ``stats`` is differentiated: what the function
-            captures is constant.
+            without counted tokens never appear. Only ``stats`` is differentiated: a
+            captured tensor that requires a gradient is refused, so is a result that is detached
+            from ``stats`` (0 is taken: a sum over nothing). Autocast is the caller's.
         units: Integer tensor of target's shape, ids >= 0: the unit (sequence, pair, group) of each
             token; or without target's last dimension, (B,) for (B, T): that of each sequence. None:
             every token is its own unit.

@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +22,13 @@ from torch.utils._device import DeviceContext, _device_constructors
 HAS_GPU = torch.cuda.is_available()  # true on HIP as well
 _FACTORIES = _device_constructors()
 HAS_TRITON = importlib.util.find_spec("triton") is not None
+# The trainers read datasets: without it, these files cannot even be collected.
+_TRAINS = re.compile(r"^(?:from|import) (?:datasets|tiny_training)\b", re.MULTILINE)
+collect_ignore = [
+    path.name
+    for path in Path(__file__).parent.glob("test_*.py")
+    if not importlib.util.find_spec("datasets") and _TRAINS.search(path.read_text("utf-8"))
+]
 
 if not HAS_GPU:
     # Read when a kernel is decorated, so it has to be set before anything imports triton.
@@ -42,7 +51,8 @@ def pytest_report_header() -> str:
     if HAS_TRITON:
         kernels = "interpreted" if os.environ.get("TRITON_INTERPRET") == "1" else "compiled"
     device = torch.cuda.get_device_name() if HAS_GPU else "no GPU"
-    return f"torch {torch.__version__}, {device}, Triton kernels {kernels}"
+    left_out = f", {len(collect_ignore)} files left out: no datasets" if collect_ignore else ""
+    return f"torch {torch.__version__}, {device}, Triton kernels {kernels}{left_out}"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

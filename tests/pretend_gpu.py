@@ -3,6 +3,9 @@
 Tensors of a second device, backed by the CPU, refuse to meet the CPU's in one operator, as a GPU's
 do, and alone may be given to a kernel, which the interpreter then runs. So a test that mixes them
 fails on any machine. Nothing is said about speed, kernels or numbers.
+
+``waits`` collects what would make the CPU wait for a GPU: numbers read from it, results whose size
+is data, and copies between the two.
 """
 
 from __future__ import annotations
@@ -19,6 +22,9 @@ NAME = "pretend"
 _HOST = torch.device("cpu")
 # Operators whose later arguments may lie on the CPU: copies, and indices.
 _MEETING = ("aten::copy_", "aten::index", "aten::index_put_", "aten::index_put")
+_READING = ("_local_scalar_dense", "equal", "is_nonzero")
+_SIZED_BY_DATA = ("nonzero", "masked_select", "bincount", "repeat_interleave", "_unique2")
+waits: list[str] = []
 _registered: list[torch.library.Library] = []  # what is dropped is unregistered
 
 
@@ -56,6 +62,8 @@ def _factory(name: str) -> Any:
 
 
 def _copy_from(source: Tensor, target: Tensor, non_blocking: bool = False) -> Tensor:
+    if isinstance(source, _OnPretend) != isinstance(target, _OnPretend):
+        waits.append("copy")
     _host_of(target).copy_(_host_of(source))
     return target
 
@@ -83,6 +91,7 @@ class _OnPretend(Tensor):
         return f"pretended {self.host!r}"
 
     def tolist(self) -> Any:
+        waits.append("tolist")
         return self.host.tolist()
 
     def data_ptr(self) -> int:
@@ -101,11 +110,14 @@ class _OnPretend(Tensor):
         for t in tensors:
             if not isinstance(t, cls) and t.dim() and not may_meet:
                 raise RuntimeError(f"{name}: tensors on the CPU and on the pretended GPU")
+        if _waits(name, args, tensors):
+            waits.append(name.removeprefix("aten::"))
         device = kwargs.get("device")
         if device is not None:
             kwargs["device"] = _HOST
         out = func(*tree_map(_host_of, args), **tree_map(_host_of, kwargs))
         if device is not None and torch.device(device).type == "cpu":
+            waits.append("to the CPU")
             return out
         given = {id(_host_of(t)): t for t in tensors}
 
@@ -115,6 +127,15 @@ class _OnPretend(Tensor):
             return given[id(t)] if id(t) in given else cls(t)
 
         return tree_map(wrap, out)
+
+
+def _waits(name: str, args: Any, tensors: list[Tensor]) -> bool:
+    short = name.removeprefix("aten::")
+    if short in ("index", "index_put_", "index_put"):  # a mask is a result whose size is data
+        masks = [t for t in tree_leaves(args[1]) if isinstance(t, Tensor)]
+        return any(t.dtype in (torch.bool, torch.uint8) for t in masks)
+    crossing = short == "copy_" and len({isinstance(t, _OnPretend) for t in tensors}) == 2
+    return short in _READING + _SIZED_BY_DATA or crossing
 
 
 def _host_of(t: Any) -> Any:

@@ -82,6 +82,56 @@ def test_250_repeats_give_the_same_bits():
         assert all(torch.equal(a, b) for a, b in zip(now, first, strict=True))
 
 
+def rows_that_outgrow_their_shift(N, V, dtype):
+    """Logits whose later blocks lie far above the first: every turn of the loop stores twice."""
+    g = torch.Generator(device="cuda").manual_seed(2)
+    z = torch.randn(N, V, device="cuda", generator=g)
+    z[::2] += torch.linspace(0.0, 3000.0, V, device="cuda")
+    z[1::4, : V // 2] = -torch.inf
+    z[3::4, torch.randint(V, (N // 4,), device="cuda", generator=g)] += 500.0
+    return z.to(dtype)
+
+
+@pytest.mark.parametrize("V", [1000, 4097, 50257, 128256])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_adversarial_rows_give_the_same_bits_whatever_else_runs(dtype, V):
+    """A race on global memory, which racecheck does not see, would show in some repeat."""
+    z = rows_that_outgrow_their_shift(264, V, dtype)
+    y = torch.arange(264, device="cuda") * 31 % V
+    y[::4] = V - 1  # the label's column is stored by another part of the kernel
+    ref = torch.full((264,), -2.0, device="cuda")
+    side = torch.cuda.Stream()
+    other = torch.randn(2048, 2048, device="cuda")
+    first = None
+    for turn in range(60):
+        with torch.cuda.stream(side):
+            for _ in range(turn % 4):
+                other @ other  # another occupancy, and so another order of blocks
+        leaf = z.clone().requires_grad_()
+        loss = fused_losses.hellinger_loss(
+            leaf.view_as(leaf), y, ref, reduction="none", inplace=turn % 2 == 1
+        )
+        stats = fused_losses.token_stats(z, y, entropy=True)
+        now = [loss.detach(), *gradients(loss[loss.isfinite()].sum(), leaf), *stats]
+        first = first or now
+        for a, b in zip(now, first, strict=True):
+            assert torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0)), turn
+
+
+def test_adversarial_rows_from_hidden_states_give_the_same_bits():
+    x, w, y = head(N=264, D=64, V=8195)
+    with torch.no_grad():
+        w[4000:] *= 40.0  # logits of the second half of the vocabulary far above the first
+    first = None
+    for turn in range(60):
+        loss = fused_losses.linear_pearson_loss(
+            x, w, y, torch.full_like(y, -3.0, dtype=torch.float32), workspace_bytes=4 * 2**20
+        )
+        now = [loss.detach(), *gradients(loss, x, w)]
+        first = first or now
+        assert all(torch.equal(a, b) for a, b in zip(now, first, strict=True)), turn
+
+
 def test_the_workspace_bounds_the_peak():
     x, w, y = head(N=4096, D=512, V=65536, ignored=0.0)
     budget = 64 * 2**20

@@ -127,6 +127,9 @@ COMMON = frozenset(CommonOptions.__annotations__)
 LINEAR = frozenset(LinearOptions.__annotations__) - COMMON
 
 
+_DEFAULTS = Options()
+
+
 def keywords_of(function: Callable[..., Any]) -> set[str]:
     """Return the keyword options of a public function, the shared ones among them."""
     parameters = inspect.signature(function).parameters.values()
@@ -149,6 +152,8 @@ def parse_options(function: Callable[..., Any], given: Mapping[str, Any]) -> Opt
                 f"{function.__name__}() got an unexpected keyword argument {name!r}; "
                 f"it takes {', '.join(sorted(keywords_of(function)))}"
             )
+    if not given:
+        return _DEFAULTS
     options = Options(**{name: plain(value) for name, value in given.items()})
     check_choice("reduction", options.reduction, get_args(Reduction))
     check_choice("backend", options.backend, get_args(BackendName))

@@ -7,6 +7,7 @@ there is a GPU it is then the default device: what the test makes with torch's f
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib.util
 import os
 import re
@@ -42,7 +43,17 @@ settings.register_profile("ci", settings.get_profile("dev"), derandomize=True, p
 settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
 _WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-torch.set_num_threads(max(1, (os.cpu_count() or 1) // _WORKERS))
+if "OMP_NUM_THREADS" not in os.environ:
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // _WORKERS))
+
+
+def pytest_collection_finish() -> None:
+    """Leave what is imported by now out of garbage collections.
+
+    Trainers collect at their end, which over all modules takes longer than what they do in a test.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_report_header() -> str:

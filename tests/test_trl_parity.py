@@ -1,13 +1,12 @@
 """Plain TRL beside its integration here and this library's own trainers: five steps, every number.
 
 A sample of the grid runs, in which every two settings meet; ``FUSED_LOSSES_PARITY=pairs``
-makes every loss meet every setting, ``all`` runs the whole product (an hour).
+makes every loss meet every setting, ``all`` runs the whole product (hours).
 """
 
 from __future__ import annotations
 
 import copy
-import gc
 import itertools
 import os
 import random
@@ -234,13 +233,9 @@ SILENT: dict[str, Any] = {
 
 @pytest.fixture(scope="module", autouse=True)
 def _quiet() -> Iterator[None]:
-    # Trainers collect garbage at their end, which takes longer than all that they do here.
-    gc.collect()
-    gc.freeze()
     datasets.disable_progress_bars()
     yield
     datasets.enable_progress_bars()
-    gc.unfreeze()
 
 
 def options_of(case: Case) -> dict[str, Any]:

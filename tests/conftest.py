@@ -83,7 +83,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if config.option.pretend_gpu:
         # What torch itself does not do for a pretended device: compilers, autocast, inference
         # tensors; and it has no addresses to compare.
-        beyond = ("compile", "opcheck", "inference", "trac", "meta", "autocast", "overwrites")
+        beyond = ("compile", "opcheck", "promises", "inference", "trac", "meta", "without_data")
+        beyond += ("autocast", "overwrites")
         items[:] = [
             item
             for item in items

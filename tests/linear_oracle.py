@@ -76,12 +76,18 @@ class HeadBatch:
         )
 
     def leaves(self, *, x: bool = True, w: bool = True, bias: bool = True) -> HeadBatch:
-        """Copies that want gradients where said."""
+        """Copies on the default device that want gradients where said."""
+
+        def copy(t: Tensor, need: bool) -> Tensor:
+            there = t.detach().to(torch.get_default_device(), copy=True)
+            return there.requires_grad_(need)
+
         return replace(
             self,
-            x=self.x.detach().clone().requires_grad_(x),
-            w=self.w.detach().clone().requires_grad_(w),
-            bias=None if self.bias is None else self.bias.detach().clone().requires_grad_(bias),
+            x=copy(self.x, x),
+            w=copy(self.w, w),
+            y=self.y.to(torch.get_default_device()),
+            bias=None if self.bias is None else copy(self.bias, bias),
         )
 
 

@@ -22,6 +22,9 @@ NAME = "pretend"
 _HOST = torch.device("cpu")
 # Operators whose later arguments may lie on the CPU: copies, and indices.
 _MEETING = ("aten::copy_", "aten::index", "aten::index_put_", "aten::index_put")
+# What all factories come down to, and those that would resize an empty tensor.
+_FACTORIES = ("empty.memory_format", "empty_strided", "arange", "arange.start", "arange.start_step")
+_FACTORIES += ("linspace", "randperm", "eye", "eye.m")
 _READING = ("_local_scalar_dense", "equal", "is_nonzero")
 _SIZED_BY_DATA = ("nonzero", "masked_select", "bincount", "repeat_interleave", "_unique2")
 waits: list[str] = []
@@ -35,7 +38,7 @@ def setup() -> torch.device:
     _setup_privateuseone_for_python_backend(NAME)
     getattr(torch, NAME).get_amp_supported_dtype = lambda: [torch.bfloat16]  # asked by autocast
     library = torch.library.Library("aten", "IMPL")
-    for name in ("empty.memory_format", "empty_strided"):
+    for name in _FACTORIES:
         library.impl(name, _factory(name), "PrivateUse1")
     library.impl("_copy_from", _copy_from, "PrivateUse1")
     _registered.append(library)
@@ -120,6 +123,9 @@ class _OnPretend(Tensor):
             waits.append("to the CPU")
             return out
         given = {id(_host_of(t)): t for t in tensors}
+        for t in tensors:
+            if t.shape != _host_of(t).shape:
+                raise NotImplementedError(f"{name}: a pretended tensor was resized")
 
         def wrap(t: Any) -> Any:
             if not isinstance(t, Tensor):

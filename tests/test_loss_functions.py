@@ -35,6 +35,7 @@ trained_route = pytest.mark.parametrize("route", ["unit", "recompute", "frozen"]
 def _call(route: str, loss_fn: LossFn, backend: str = "torch") -> tuple[Tensor, HeadBatch]:
     options, wanted = ROUTES[route]
     leaves = BATCH.leaves(**wanted)
+    options = options | {"units": options["units"].to(leaves.y.device)}
     args = (leaves.x, leaves.w, leaves.y, loss_fn)
     plan = fused_losses.explain(fused_losses.linear_loss, *args, backend=backend, **options)
     assert plan.route == route

@@ -94,15 +94,16 @@ def test_sums_and_rows_keep_their_promises(layout: str, needs: tuple[bool, ...])
 @each_layout
 def test_logits_and_segments_keep_their_promises(layout: str, backend: str) -> None:
     z, value = LAYOUTS[layout](_float(N, V)), LAYOUTS[layout](_float(N))
+    y, ref = Y.to(z.device), REF.to(z.device)
     call, _ = Call(RowMaths(), HELLINGER, -100, True, backend).encode()
     torch.library.opcheck(
-        logits_rows, (_wanting(z, True), Y, REF, _wanting(value, True), None, call)
+        logits_rows, (_wanting(z, True), y, ref, _wanting(value, True), None, call)
     )
-    _, rows = logits_rows(z, Y, REF, value, None, call)
+    _, rows = logits_rows(z, y, ref, value, None, call)
     upstream = LAYOUTS[layout](torch.ones(N)), LAYOUTS[layout](torch.ones_like(rows))
     torch.library.opcheck(
         logits_gradient,
-        (z, Y, rows, *upstream, None, call, True),
+        (z, y, rows, *upstream, None, call, True),
         test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
     )
     x = _wanting(LAYOUTS[layout](_float(7)), True)

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from cases import Case
+from contest import Run, log_probs, summed_loss, units
 from inputs import Batch, softmax_error
-from peers import Run, log_probs, summed_loss, units
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from cases import Case
+from contest import MIB, Run, UnavailableError
 from inputs import Batch, make_batch, most_pairs
 from instruments import (
     Cost,
@@ -24,7 +25,7 @@ from instruments import (
     timed_alone,
     truth,
 )
-from peers import BESIDE, MIB, OURS, Contender, Run, UnavailableError, contenders
+from peers import BESIDE, OURS, Contender, contenders
 from torch import Tensor
 
 import fused_losses
@@ -294,8 +295,7 @@ def _seconds(value: float) -> str:
 def summary(record: dict[str, Any]) -> str:
     """One line: our time, and everyone else's as a multiple of it."""
     _, ours, *others = record["contenders"]
-    parts = [f"{_seconds(ours['time_s']['median'])}"]
-    parts.append(f"{ours['ratio_to_floor']:.2f}x the floor")
-    parts.append(f"{(ours['peak_bytes'] - ours['gradient_bytes']) / MIB:.0f} MiB")
-    parts += [f"{line['name']} {line['ratio_to_ours']:.2f}x" for line in others]
+    parts = [_seconds(ours["time_s"]["median"]), f"{ours['ratio_to_floor']:.2f}x the floor"]
+    memory = (ours["peak_bytes"] - ours["gradient_bytes"]) / MIB
+    parts += [f"{memory:.0f} MiB", *(f"{o['name']} {o['ratio_to_ours']:.2f}x" for o in others)]
     return f"{record['name']}: " + ", ".join(parts)

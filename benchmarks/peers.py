@@ -10,65 +10,25 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
+import gpu_peers
 import torch
 import torch.nn.functional as F
 from cases import Case
+from contest import (
+    BETA,
+    MIB,
+    Prepare,
+    Run,
+    UnavailableError,
+    flat,
+    log_probs,
+    summed_loss,
+    units,
+)
 from inputs import IGNORED, Batch
 from torch import Tensor
 
 import fused_losses
-
-BETA = {"pearson": 0.2, "hellinger": 0.2, "dpo": 0.1}
-MAX_WEIGHT = 4.0
-MIB = 2**20
-
-Run = Callable[[], Tensor]
-Prepare = Callable[[Case, Batch, int | None], Run]
-
-
-class UnavailableError(Exception):
-    """A peer that cannot run here, with the reason."""
-
-
-def summed_loss(loss: str, logps: Tensor, ref: Tensor | None, y: Tensor) -> Tensor:
-    """Sum of a loss over tokens, or over pairs, in plain torch, from log-probs (S, T)."""
-    mask = y != IGNORED
-    if loss == "mle":
-        return -logps.masked_fill(~mask, 0.0).sum()
-    ratio = (logps - ref).masked_fill(~mask, 0.0)
-    if loss == "dpo":
-        chosen, rejected = ratio.sum(1).chunk(2)
-        return -F.logsigmoid(BETA[loss] * (chosen - rejected)).sum()
-    r = BETA[loss] * ratio
-    if loss == "pearson":
-        phi = r - r * r / 4
-    else:
-        edge = MAX_WEIGHT**-0.5 - 1.0  # below it phi goes on along its tangent
-        inside = r.clamp(min=edge)
-        phi = inside / (1 + inside) + MAX_WEIGHT * (r - inside)
-    return -phi.sum() / BETA[loss]
-
-
-def units(case: Case, batch: Batch) -> int:
-    """What a mean divides by: counted tokens, or pairs."""
-    return batch.y.shape[0] // 2 if case.loss == "dpo" else batch.counted
-
-
-def log_probs(batch: Batch, dtype: torch.dtype | None = None) -> Tensor:
-    """Per-token log-probs (S, T) with all logits in memory; 0 where the label is ignored."""
-    logits = batch.x if batch.w is None else F.linear(batch.x, batch.w)
-    logp = logits.to(dtype or logits.dtype).log_softmax(-1)
-    label = batch.y.clamp(min=0)[..., None]
-    return logp.gather(-1, label).squeeze(-1).masked_fill(batch.y == IGNORED, 0.0)
-
-
-def _flat(batch: Batch) -> tuple[Tensor, Tensor]:
-    return batch.x.flatten(0, 1), batch.y.flatten()
-
-
-def _needs_gpu(batch: Batch) -> None:
-    if batch.x.device.type != "cuda":
-        raise UnavailableError("needs a GPU")
 
 
 def ours(case: Case, batch: Batch, budget: int | None) -> Run:
@@ -99,7 +59,7 @@ def ours_unmasked(case: Case, batch: Batch, budget: int | None) -> Run:
 def eager(case: Case, batch: Batch, budget: int | None) -> Run:
     """Keep the logits: what people write first."""
     if case.loss == "mle":
-        x, y = _flat(batch)
+        x, y = flat(batch)
         if batch.w is None:
             return lambda: F.cross_entropy(batch.x.flatten(0, 1), y)
         return lambda: F.cross_entropy(F.linear(x, batch.w), y)
@@ -135,7 +95,7 @@ def torch_chunked(case: Case, batch: Batch, budget: int | None) -> Run:
         )
     rows = None if budget is None else max(1, budget * MIB // (case.V * batch.x.element_size()))
     options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=rows)
-    x, y = _flat(batch)
+    x, y = flat(batch)
     return lambda: F.linear_cross_entropy(x, batch.w, y, ignore_index=IGNORED, options=options)
 
 
@@ -176,90 +136,20 @@ def trl(case: Case, batch: Batch, budget: int | None) -> Run:
     return run
 
 
-def liger(case: Case, batch: Batch, budget: int | None) -> Run:
-    _needs_gpu(batch)
-    from liger_kernel.transformers import functional
-
-    x, y = _flat(batch)
-    if case.path == "logits":
-        return lambda: functional.liger_cross_entropy(batch.x.view_as(batch.x).flatten(0, 1), y)
-    return lambda: functional.liger_fused_linear_cross_entropy(x, batch.w, y)
-
-
-def liger_fp32(case: Case, batch: Batch, budget: int | None) -> Run:
-    _needs_gpu(batch)
-    from liger_kernel.transformers import functional
-
-    x, y = _flat(batch)
-    call = functional.liger_fused_linear_cross_entropy
-    return lambda: call(x, batch.w, y, accum_dtype=torch.float32)
-
-
-def _from_token_losses(case: Case, batch: Batch, token_losses: Run) -> Run:
-    """Compose a peer's per-token negative log-probs with the case's loss."""
-    count = units(case, batch)
-    return lambda: (
-        summed_loss(case.loss, -token_losses().view(batch.y.shape), batch.ref, batch.y) / count
-    )
-
-
-def liger_none(case: Case, batch: Batch, budget: int | None) -> Run:
-    _needs_gpu(batch)
-    from liger_kernel.transformers import functional
-
-    x, y = _flat(batch)
-    call = functional.liger_fused_linear_cross_entropy
-    return _from_token_losses(case, batch, lambda: call(x, batch.w, y, reduction="none"))
-
-
-def liger_per_token(case: Case, batch: Batch, budget: int | None) -> Run:
-    from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction as PerToken
-
-    x, y = _flat(batch)
-    return _from_token_losses(case, batch, lambda: PerToken.apply(x, batch.w, y))
-
-
-def liger_dpo(case: Case, batch: Batch, budget: int | None) -> Run:
-    """Its only way to have a reference is to run the reference's head too: 2 NDV more."""
-    from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
-
-    loss = LigerFusedLinearDPOLoss(beta=BETA["dpo"])
-    frozen, ref_x = batch.w.detach(), batch.ref_x
-    y = batch.y.clone()  # it marks its labels as dynamic, on which torch.compile would then fail
-    return lambda: loss(batch.w, batch.x, y, ref_input=ref_x, ref_weight=frozen)[0]
-
-
-def _cut_cross_entropy(filter_eps: str | None) -> Prepare:
-    def prepare(case: Case, batch: Batch, budget: int | None) -> Run:
-        _needs_gpu(batch)
-        from cut_cross_entropy import linear_cross_entropy
-
-        def token_losses() -> Tensor:
-            return linear_cross_entropy(
-                batch.x, batch.w, batch.y, reduction="none", filter_eps=filter_eps
-            )
-
-        if case.loss != "mle":
-            return _from_token_losses(case, batch, token_losses)
-        return lambda: linear_cross_entropy(batch.x, batch.w, batch.y, filter_eps=filter_eps)
-
-    return prepare
-
-
-def quack(case: Case, batch: Batch, budget: int | None) -> Run:
-    _needs_gpu(batch)
-    from quack.linear_cross_entropy import chunked_linear_cross_entropy
-
-    x, y = _flat(batch)
-    return lambda: chunked_linear_cross_entropy(x, batch.w, y)
-
-
 def _linear(case: Case) -> bool:
     return case.path == "linear"
 
 
 def _linear_mle(case: Case) -> bool:
     return case.path == "linear" and case.loss == "mle"
+
+
+def _linear_ratio(case: Case) -> bool:
+    return case.path == "linear" and case.loss != "mle"
+
+
+def _linear_dpo(case: Case) -> bool:
+    return case.path == "linear" and case.loss == "dpo"
 
 
 @dataclass(frozen=True)
@@ -286,14 +176,23 @@ PEERS: tuple[Peer, ...] = (
     Peer("torch.compile", compiled, lambda case: True, slow=True),
     Peer("torch chunked", torch_chunked, _linear_mle, budgeted=True),
     Peer("TRL", trl, _linear),
-    Peer("Liger", liger, lambda case: case.loss == "mle"),
-    Peer("Liger, fp32 dW", liger_fp32, _linear_mle),
-    Peer("Liger, reduction none", liger_none, lambda case: _linear(case) and case.loss != "mle"),
-    Peer("Liger per token", liger_per_token, _linear, slow=True),
-    Peer("Liger DPO", liger_dpo, lambda case: _linear(case) and case.loss == "dpo", slow=True),
-    Peer("cut-cross-entropy", _cut_cross_entropy("high"), _linear, slow=True),
-    Peer("cut-cross-entropy, exact", _cut_cross_entropy(None), _linear, slow=True),
-    Peer("quack", quack, _linear_mle, slow=True),
+    Peer("Liger", gpu_peers.liger, lambda case: case.loss == "mle"),
+    Peer("Liger, fp32 dW", gpu_peers.liger_fp32, _linear_mle),
+    Peer(
+        "Liger, reduction none",
+        gpu_peers.liger_none,
+        _linear_ratio,
+    ),
+    Peer("Liger per token", gpu_peers.liger_per_token, _linear, slow=True),
+    Peer(
+        "Liger DPO",
+        gpu_peers.liger_dpo,
+        _linear_dpo,
+        slow=True,
+    ),
+    Peer("cut-cross-entropy", gpu_peers.cut_cross_entropy("high"), _linear, slow=True),
+    Peer("cut-cross-entropy, exact", gpu_peers.cut_cross_entropy(None), _linear, slow=True),
+    Peer("quack", gpu_peers.quack, _linear_mle, slow=True),
 )
 OURS = Peer("fused-losses", ours, lambda case: True)
 BESIDE = {

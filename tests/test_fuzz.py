@@ -106,7 +106,8 @@ def _draw_member(draw: Draw, case: Case, ref: Tensor) -> str:
     name = draw.rng.choice(list(fused_losses.TOKEN_LOSSES))
     case.function = "token_loss"
     case.options |= {"loss": name, "beta": draw.rng.choice([0.1, 1.0])}
-    case.args = [ref] if name != "mle" or draw.maybe(0.5) else [None]
+    relative = fused_losses.TOKEN_LOSSES[name].uses_reference
+    case.args = [ref] if relative or draw.maybe(0.5) else [None]
     _draw_reduction(draw, case)
     return name
 
@@ -119,7 +120,7 @@ def _draw_token(draw: Draw, case: Case, ref: Tensor) -> None:
         case.options["z_loss"] = 0.01
     if name == "mle" and draw.maybe(0.4):
         case.options["label_smoothing"] = 0.1
-    if name != "mle" and draw.maybe(0.5):
+    if fused_losses.TOKEN_LOSSES[name].uses_reference and draw.maybe(0.5):
         case.leaves["value"] = draw.normal(draw.B, 1, scale=0.1)
 
 
@@ -130,7 +131,7 @@ def _draw_sequence(draw: Draw, case: Case, ref: Tensor) -> None:
     if packed:
         shape = (draw.B, draw.T)
         case.options["segment_ids"] = torch.randint(0, 3, shape, generator=draw.generator)
-    if name != "mle" and draw.maybe(0.5):
+    if fused_losses.TOKEN_LOSSES[name].uses_reference and draw.maybe(0.5):
         case.leaves["value"] = draw.normal(1 if packed else draw.B, scale=0.1)
 
 

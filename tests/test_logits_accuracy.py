@@ -160,7 +160,21 @@ def test_a_row_gives_the_same_bits_alone_and_in_any_batch(
             assert torch.equal(got, want[rows])
 
 
-@each_member
+def test_dft_has_the_gradient_of_a_likelihood_weighted_by_its_own_probabilities(
+    backend: str, device: torch.device
+) -> None:
+    z, y, _ = planted(2, 3, V=11, device=device)
+    z.requires_grad_()
+    p = reference.token_stats(z.detach(), y).logps.exp()
+    loss = fused_losses.token_loss(z, y, loss="dft", backend=backend)
+    weighted = fused_losses.mle_loss(z, y, token_weight=p, backend=backend)
+    torch.testing.assert_close(loss, weighted, rtol=1e-12, atol=0.0)
+    found, expected = (torch.autograd.grad(value, z)[0] for value in (loss, weighted))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-15)
+
+
+# dft's gradient is none of a function: its weight is not differentiated.
+@pytest.mark.parametrize("name", [name for name in TOKEN_LOSSES if name != "dft"])
 def test_gradcheck_holds_through_the_kernels(backend: str, device: torch.device, name: str) -> None:
     z, y, ref = planted(2, 3, V=11, device=device)
     value = 0.1 * torch.randn(3, dtype=torch.float64, device=device)

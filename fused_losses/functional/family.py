@@ -43,15 +43,15 @@ class Family:
         check_choice("level", self.level, get_args(Level))
         if self.level == "token" and self.segment_ids is not None:
             raise ValueError("segment_ids belongs to level='sequence', got level='token'")
+        if options.label_smoothing and loss.name != "mle":
+            raise ValueError(
+                f"label_smoothing belongs to loss='mle', loss={loss.name!r} does not take it"
+            )
         if loss.uses_reference:
             if ref_logps is None:
                 raise ValueError(
                     f"ref_logps is required by loss={loss.name!r}: log-probs of the target under "
                     "the reference model, e.g. linear_token_stats(...).logps under torch.no_grad()"
-                )
-            if options.label_smoothing:
-                raise ValueError(
-                    f"label_smoothing belongs to loss='mle', loss={loss.name!r} does not take it"
                 )
             return Objective(loss, beta, max_weight, 0.0, options.z_loss)
         # The reference cancels, and beta with it (6).

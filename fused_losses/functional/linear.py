@@ -127,7 +127,7 @@ def linear_token_loss(
 
     Precision and sequences as in :func:`linear_pearson_loss`; ``mle`` as :func:`linear_mle_loss`.
     """
-    precise = check_token_loss(loss).uses_reference
+    precise = check_token_loss(loss).name != "mle"
     source, options = open_source(linear_token_loss, input, linear_weight, common, precise=precise)
     family = Family(loss, beta, value, level, max_weight, segment_ids)
     return run_family(source, options, target, ref_logps, family)

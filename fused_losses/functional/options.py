@@ -66,7 +66,7 @@ class SharedLinearOptions(SharedOptions, total=False):
         CPU, or ``FUSED_LOSSES_WORKSPACE_BYTES``).
     accum_dtype: Dtype in which the weight's gradient is accumulated over chunks.
     logits_dtype: Dtype of a chunk's logits; by default the compute dtype for ``mle``, at least
-        float32 for everything that is compared with a reference.
+        float32 for all else: what is compared with a reference, or weighted by a probability.
     """
 
     linear_bias: Tensor | None

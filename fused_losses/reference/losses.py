@@ -191,7 +191,7 @@ def _losses(
 ) -> Tensor:
     """(5) and (6)."""
     if not member.uses_reference:
-        return -ratio
+        return -member.phi_and_weight(ratio, max_weight)[0]
     phi, _ = member.phi_and_weight(beta * ratio + value, max_weight)
     return (value - phi) / beta
 

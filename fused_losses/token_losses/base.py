@@ -25,7 +25,8 @@ class TokenLoss:
 
     ``r = beta * (logp - ref_logp) + value`` (5)-(7). ``phi`` is concave with ``phi(0) = 0`` and
     ``phi'(0) = 1``, so that the gradient at policy = reference, and the limit beta -> 0, are those
-    of MLE.
+    of MLE. A reweighted likelihood (dft) has a weight that is no derivative: ``torch_fn`` then cuts
+    it from the graph, so that autograd sees the weight and nothing else.
 
     Args:
         name: Appears in error messages, in ``explain`` and in kernel names.
@@ -37,7 +38,8 @@ class TokenLoss:
         r0: Maps ``max_weight`` G > 1 to the point where ``phi'(r0) = G``. Below it phi goes on
             along its tangent (slope G), which keeps loss and weight finite. ``r0(math.inf)`` is the
             left end of phi's domain. None: phi needs no continuation.
-        uses_reference: False where the reference log-probs and ``value`` cancel (mle).
+        uses_reference: False where the reference log-probs and ``value`` cancel (mle), or there are
+            none (dft): then r = logp, and what is given of them is not read.
 
     Raises:
         TypeError: ``device_fn`` reads a Python number from outside that is no ``tl.constexpr``.

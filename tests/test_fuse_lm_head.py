@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 import fused_losses
 
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 
+import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fused_losses.integrations import fuse_lm_head, unfuse_lm_head

@@ -106,7 +106,7 @@ def _product(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool = False) -> 
         a, b, out = b.t(), a.t(), out.t()
     if a.dtype == out.dtype:
         if accumulate:
-            out.addmm_(a, b)
+            torch.addmm(out, a, b, out=out)  # FlopCounterMode does not know addmm_
         else:
             torch.mm(a, b, out=out)
     elif a.is_cuda and out.dtype == torch.float32 and a.dtype.itemsize == 2:
@@ -127,6 +127,6 @@ def _product_in_blocks(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> N
     for start in range(0, b.shape[1], columns):
         block = slice(start, start + columns)
         if accumulate:
-            out[:, block].addmm_(a, b[:, block].to(out.dtype))
+            torch.addmm(out[:, block], a, b[:, block].to(out.dtype), out=out[:, block])
         else:
             torch.mm(a, b[:, block].to(out.dtype), out=out[:, block])

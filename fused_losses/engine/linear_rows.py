@@ -37,7 +37,7 @@ def linear_rows(
     lse, entropy) are. With a frozen head backward scales what is kept.
     """
     call = decode(encoded, changing)
-    keep = _keeps(call, w)
+    keep = keeps_hidden_gradient(call, w)
     needs = Needs(keep, False, False)
     planned = PlannedCall.of(x, w, bias, y, call, ["frozen" if keep else "forward"], needs)
     kept = planned.rows.new_empty(0)
@@ -53,7 +53,7 @@ def linear_rows(
     return planned.rows[lines.LOSS].clone(), planned.rows, kept
 
 
-def _keeps(call: Call, w: Tensor) -> bool:
+def keeps_hidden_gradient(call: Call, w: Tensor) -> bool:
     """Whether the head is frozen, so that forward keeps d logp / d x for backward."""
     return routes_for(call.shape(w), known=False) == ("frozen",)
 
@@ -62,7 +62,7 @@ def _keeps(call: Call, w: Tensor) -> bool:
 def _(x, w, bias, y, ref, value, changing, encoded):
     call = decode(encoded, None)
     rows = new_rows(y, call.linear.logits_dtype)
-    kept = rows.new_empty(x.shape if _keeps(call, w) else (0,))
+    kept = rows.new_empty(x.shape if keeps_hidden_gradient(call, w) else (0,))
     return rows.new_empty(y.shape), rows, kept
 
 

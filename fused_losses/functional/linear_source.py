@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import fused_losses.engine.flop_formulas  # noqa: F401  (registers them)
 from fused_losses.arguments import refuse_unserved
 from fused_losses.backends import Objective, resolve_backend
 from fused_losses.engine.call import Call, HeadOptions, Needs

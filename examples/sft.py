@@ -40,6 +40,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         per_device_train_batch_size=options.batch,
         learning_rate=options.learning_rate,
         logging_steps=1,
+        precompute_ref_log_probs=True,  # mle needs none, but for the implicit reward
         save_strategy="no",
         report_to="none",
     )

@@ -27,8 +27,8 @@ import training_sets
 from storage import atomic_file, atomic_folder
 from transformers import set_seed
 
+from fused_losses.integrations.fingerprint import model_fingerprint
 from fused_losses.trainer import DPOTrainer, RewardStabilizationCallback, SFTTrainer
-from fused_losses.trainer.fingerprint import model_fingerprint
 
 MARK = "made_from.txt"  # in the folder of a model: what it was made from
 

@@ -19,7 +19,12 @@ RANKS = 2
 METRICS = ("loss", "grad_norm", "drift", "entropy", "rewards/implicit", "num_tokens")
 CASES: dict[str, tuple[Any, Any, Any, dict[str, Any]]] = {
     "sft": (SFTTrainer, sft_config, sft_rows, {"loss": "pearson", "beta": 0.5}),
-    "sft, accumulated": (SFTTrainer, sft_config, sft_rows, {"gradient_accumulation_steps": 2}),
+    "sft, accumulated": (
+        SFTTrainer,
+        sft_config,
+        sft_rows,
+        {"gradient_accumulation_steps": 2, "precompute_ref_log_probs": True},
+    ),
     "sft, packed": (
         SFTTrainer,
         sft_config,

@@ -23,7 +23,7 @@ def gap(a, b):
 @pytest.mark.parametrize(
     ("trainer", "config", "rows", "options"),
     [
-        (SFTTrainer, sft_config, sft_rows, {"loss": "mle"}),
+        (SFTTrainer, sft_config, sft_rows, {"loss": "mle", "precompute_ref_log_probs": True}),
         (SFTTrainer, sft_config, sft_rows, {"loss": "pearson"}),
         (SFTTrainer, sft_config, sft_rows, {"loss": "hellinger", "level": "sequence"}),
         (DPOTrainer, dpo_config, pair_rows, {}),

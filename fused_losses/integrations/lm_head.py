@@ -30,7 +30,7 @@ from fused_losses.integrations.head_call import (
     with_result,
 )
 from fused_losses.integrations.head_labels import call_with_labels
-from fused_losses.integrations.head_options import options_of_config
+from fused_losses.integrations.head_options import HeadOptions, options_of_config
 
 
 def fuse_lm_head(
@@ -136,6 +136,14 @@ def unfuse_lm_head(model: Any) -> Any:
     if fusion.before is not None:
         base.forward = fusion.before
     return model
+
+
+def head_options(base: Any) -> HeadOptions:
+    """Return what a model does to its head's output: as fused, or as its config says."""
+    fusion = _fusion_of(base)
+    if fusion is None:
+        return options_of_config(base.config.get_text_config(decoder=True))
+    return fusion.options
 
 
 def _fusion_of(base: Any) -> Fusion | None:

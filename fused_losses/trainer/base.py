@@ -10,15 +10,16 @@ import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from fused_losses import with_stats
 from fused_losses.integrations import fuse_lm_head
 from fused_losses.trainer.batches import behind_prompt, lengths_of, without_repeats
 from fused_losses.trainer.collate import Collator
+from fused_losses.trainer.loading import load_models, move
 from fused_losses.trainer.packing import check_packing, pack
-from fused_losses.trainer.reference import Reference, prepare
+from fused_losses.trainer.reference import Reference, prepare, references_wanted
 from fused_losses.trainer.sequences import text_tokenizer
 from fused_losses.trainer.settings import check_setting
 from fused_losses.trainer.telemetry import Sums, Telemetry, TrainingRecord, means
@@ -46,25 +47,19 @@ class PostTrainer(Trainer):
         processing_class: Any,
         ref_model: Any,
         peft_config: Any,
+        objective: str,
         needs_reference: bool,
         formatting_func: Callable[[dict[str, Any]], str] | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
-        if isinstance(model, str):
-            processing_class = processing_class or AutoTokenizer.from_pretrained(model)
-            model = AutoModelForCausalLM.from_pretrained(model)
-        if isinstance(ref_model, str):
-            ref_model = AutoModelForCausalLM.from_pretrained(ref_model)
-        if ref_model is model:
-            raise ValueError(
-                "ref_model is the model that is trained; leave it out: without it the reference "
-                "is the model's starting weights"
-            )
-        if peft_config is not None:
-            from peft import get_peft_model
-
-            model = get_peft_model(model, peft_config)
+        datasets = [d for d in (train_dataset, *_values(eval_dataset)) if d is not None]
+        wants_reference = references_wanted(
+            args, objective, needs_reference, ref_model, datasets, self.sides
+        )
+        model, ref_model, processing_class = load_models(
+            model, ref_model, processing_class, peft_config, args
+        )
         check_setting(model, args)
         model = fuse_lm_head(model)
 
@@ -94,30 +89,37 @@ class PostTrainer(Trainer):
         if args.lays_end_to_end:
             check_packing(self.model, args.device)
         self._evaluated = Telemetry()
-        if needs_reference:
-            self._attach_references(ref_model)
+        self._attach_references(ref_model, objective, wants_reference)
         self._pack()
 
-    def _attach_references(self, ref_model: Any) -> None:
-        """Compute the references now, while the weights are the starting weights."""
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        datasets = [self.train_dataset, *_values(self.eval_dataset)]
-        known = [d is None or f"{self.sides[0]}ref_logps" in d.column_names for d in datasets]
-        if sharded and not all(known):
+    def _attach_references(self, ref_model: Any, objective: str, wanted: bool) -> None:
+        """Compute the references now, while the model is the one that starts; check given ones."""
+        column = f"{self.sides[0]}ref_logps"
+        datasets = [d for d in (self.train_dataset, *_values(self.eval_dataset)) if d is not None]
+        lacking = wanted and not all(column in d.column_names for d in datasets)
+        if not lacking and not any(column in d.column_names for d in datasets):
+            return
+        if lacking and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError(
                 "with FSDP or DeepSpeed the reference log-probs must come with the dataset: call "
-                "precompute_ref_logps(model, dataset, args, processing_class) in one process "
-                "first, save its result, and train on that"
+                "precompute_ref_logps(model, dataset, args, processing_class) before the model is "
+                f"sharded, save its result, and train on that; where {objective} needs none, set "
+                "precompute_ref_log_probs=False"
             )
         reference = Reference(self.model if ref_model is None else ref_model, self.args)
         if ref_model is not None:
-            ref_model.to(self.args.device)
+            move(ref_model, self.args.device)
+
+        def attached(dataset: Dataset, name: str) -> Dataset:
+            known = column in dataset.column_names
+            return reference.attach(dataset, name) if known or wanted else dataset
+
         if self.train_dataset is not None:
-            self.train_dataset = reference.attach(self.train_dataset, "train_dataset")
+            self.train_dataset = attached(self.train_dataset, "train_dataset")
         if self.eval_dataset is not None:
-            self.eval_dataset = _each(self.eval_dataset, reference.attach)
+            self.eval_dataset = _each(self.eval_dataset, attached)
         if ref_model is not None:
-            ref_model.to("cpu")
+            move(ref_model, "cpu")
 
     def _pack(self) -> None:
         """Lay sequences together in rows, once each has its references."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -24,6 +24,9 @@ class PostTrainingConfig(DataConfig):
     ``logging_nan_inf_filter`` False (a loss that is not finite is an error, see the trainers).
     """
 
+    # Read from JSON where they come as text.
+    _VALID_DICT_FIELDS: ClassVar = [*DataConfig._VALID_DICT_FIELDS, "model_init_kwargs"]
+
     logging_steps: float = field(
         default=10,
         metadata={"help": "Log every so many update steps; a share of all steps if below 1."},
@@ -31,6 +34,21 @@ class PostTrainingConfig(DataConfig):
     logging_nan_inf_filter: bool = field(
         default=False,
         metadata={"help": "Keep NaN and inf out of the logged loss. They stop training anyway."},
+    )
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Keyword arguments of from_pretrained, for a model given by name. Its dtype is "
+            "float32 unless they name another."
+        },
+    )
+    precompute_ref_log_probs: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Compute the reference log-probs before training. None: where the loss "
+            "compares with a reference. True: under any loss, for the telemetry (rewards/implicit, "
+            "drift). False: never, the datasets bring them."
+        },
     )
     precompute_ref_batch_size: int | None = field(
         default=None,
@@ -42,8 +60,8 @@ class PostTrainingConfig(DataConfig):
     ref_cache_dir: str | None = field(
         default=None,
         metadata={
-            "help": "Folder in which reference log-probs are kept and looked up, by the model's "
-            "weights and the tokenised data. None: ref_logps in output_dir."
+            "help": "Folder in which reference log-probs are kept and looked up, by all that "
+            "decides them; all processes of a machine share it. None: ref_logps in output_dir."
         },
     )
     workspace_bytes: int | None = field(
@@ -139,11 +157,11 @@ class SFTConfig(PostTrainingConfig):
         default=None,
         metadata={"help": "Lay the evaluation data together, too. None: as packing."},
     )
-    precompute_ref_log_probs: bool = field(
-        default=True,
+    disable_dropout: bool | None = field(
+        default=None,
         metadata={
-            "help": "Compute the reference log-probs of the starting weights before training. For "
-            "mle they only serve the telemetry (rewards/implicit, drift) and may be left out."
+            "help": "Set every dropout of the model to 0. None: where the loss compares with a "
+            "reference, whose log-probs are without dropout."
         },
     )
 

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import TrainerCallback
 
 from fused_losses import PairStats, linear_dpo_loss
+from fused_losses.integrations.dropout import disable_dropout
 from fused_losses.trainer.base import PostTrainer, check_args
 from fused_losses.trainer.config import DPOConfig
 from fused_losses.trainer.data import IGNORE, SIDES
@@ -21,9 +22,10 @@ from fused_losses.trainer.telemetry import Sums, pair_sums, token_sums
 class DPOTrainer(PostTrainer):
     """DPO and its kin (9)-(11), or several at once, on ``transformers.Trainer``, without logits.
 
-    The reference is ``ref_model``, or else the weights the model starts from (of a PeftModel: the
-    model without its adapters). Its log-probs are computed per token when the trainer is made and
-    cached on disk, so no second model is held. The loss is a sum over all micro-batches and ranks
+    The reference is ``ref_model``, or else the model as it starts (a PeftModel with the adapters
+    that it brings: after SFT of them, the SFT model). Its log-probs are computed per token when the
+    trainer is made, without dropout and in the precision of the run, and cached on disk, so no
+    second model is held. The loss is a sum over all micro-batches and ranks
     divided by their pairs (``aot`` sorts over a micro-batch, which is its unit). Every log also
     holds TRL's ``rewards/chosen``, ``rewards/rejected``, ``rewards/accuracies``,
     ``rewards/margins``, ``logps/chosen``, ``logps/rejected``, ``entropy``, ``mean_token_accuracy``
@@ -40,7 +42,8 @@ class DPOTrainer(PostTrainer):
             ``per_device_train_batch_size`` pairs.
         eval_dataset: The same, or a dict of them.
         processing_class: The tokenizer, or a processor with one; None for tokenised data.
-        ref_model: The reference, if it is not the starting weights.
+        ref_model: The reference, if it is not the model as it starts: a model, which runs as it
+            stands, adapters and all, or a name to load.
         peft_config: Wrap the model with this PEFT configuration first.
         callbacks: As for ``Trainer``.
         optimizers: As for ``Trainer``.
@@ -79,14 +82,13 @@ class DPOTrainer(PostTrainer):
             processing_class,
             ref_model,
             peft_config,
+            objective=f"loss_type={args.loss_type!r}",
             needs_reference=not args.reference_free,
             callbacks=callbacks,
             optimizers=optimizers,
         )
         if args.disable_dropout:
-            for module in self.model.modules():
-                if isinstance(module, nn.Dropout):
-                    module.p = 0.0
+            disable_dropout(self.model)
 
     def loss_call(self, inputs: dict[str, Tensor]) -> tuple[Callable[..., Tensor], dict[str, Any]]:
         """Return the pair loss and its arguments."""

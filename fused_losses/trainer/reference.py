@@ -4,28 +4,28 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from datasets import Dataset, concatenate_datasets
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from fused_losses import linear_token_stats
-from fused_losses.integrations import fuse_lm_head
-from fused_losses.trainer import ref_cache
+from fused_losses.integrations import fuse_lm_head, ref_cache
+from fused_losses.integrations.fingerprint import data_fingerprint
+from fused_losses.integrations.ref_names import REF_MODEL, NamedModel
+from fused_losses.integrations.shares import in_shares
 from fused_losses.trainer.collate import Collator
 from fused_losses.trainer.config import DPOConfig, SFTConfig
-from fused_losses.trainer.data import SIDES, Preparation
-from fused_losses.trainer.fingerprint import data_fingerprint, model_fingerprint
+from fused_losses.trainer.data import IGNORE, SIDES, Preparation
 
 
 class Reference:
-    """The model that log-ratios are taken against.
-
-    Of a PeftModel it is the base model: its adapters are switched off while it runs.
+    """The model that log-ratios are taken against, as it stands: a PeftModel with its adapters.
 
     Args:
         model: A causal LM of transformers, or a PeftModel. Its head is fused in place.
@@ -35,94 +35,91 @@ class Reference:
     def __init__(self, model: Any, args: SFTConfig | DPOConfig) -> None:
         self.model = fuse_lm_head(model)
         self.args = args
-        self._fingerprint: str | None = None
-
-    @property
-    def fingerprint(self) -> str:
-        """Name of the weights."""
-        if self._fingerprint is None:
-            self._fingerprint = model_fingerprint(self.model)
-        return self._fingerprint
+        first = next(model.parameters()).device
+        # Weights that are offloaded are on meta; accelerate's hooks take inputs from anywhere.
+        self.device = args.device if first.type == "meta" else first
+        self.named = NamedModel(self.model, args.mixed_precision, self.device)
 
     def attach(self, dataset: Dataset, name: str) -> Dataset:
         """Return a prepared dataset with the columns of references and ``ref_model``.
 
-        References that the dataset brings along are kept if they are of this model.
+        References that the dataset brings along are kept if they are of this model. Every process
+        computes a share of the others.
 
         Raises:
-            ValueError: They are of another model, or the cache on disk does not fit; named.
+            ValueError: They are of another model or precision, or the cache on disk does not fit,
+                or the processes hold different models or data; named.
         """
         sides = ("",) if "input_ids" in dataset.column_names else SIDES
         if f"{sides[0]}ref_logps" in dataset.column_names:
-            self._check_given(dataset, name)
+            self.named.check(dataset, name)
             return dataset
         columns = []
         for side in sides:
             column = self._column(dataset, side, f"{side.rstrip('_')} {name}".strip())
             columns.append(column.rename_columns({"ref_logps": f"{side}ref_logps"} if side else {}))
-        made = Dataset.from_dict({"ref_model": [self.fingerprint] * len(dataset)})
+        made = Dataset.from_dict({REF_MODEL: [self.named.name] * len(dataset)})
         return concatenate_datasets([dataset, *columns, made], axis=1)
 
-    def _check_given(self, dataset: Dataset, name: str) -> None:
-        if "ref_model" not in dataset.column_names:
-            return
-        for i, of in enumerate(dataset["ref_model"]):
-            if of != self.fingerprint:
-                files = ", ".join(f["filename"] for f in dataset.cache_files) or "memory"
-                raise ValueError(
-                    f"{name}, row {i}, column 'ref_model': its ref_logps are of the model {of}, "
-                    f"the reference here is {self.fingerprint} (dataset in {files}). Drop the "
-                    "ref_logps columns to compute them anew, pass the model they are of as "
-                    "ref_model, or drop the column ref_model to use them as they are"
-                )
-
     def _column(self, dataset: Dataset, side: str, name: str) -> Dataset:
-        key = ref_cache.CacheKey(
-            self.fingerprint, data_fingerprint(dataset, side), _precision(self.args), len(dataset)
-        )
+        key = self.named.key(data_fingerprint(dataset, side), len(dataset), name)
         folder = self.args.ref_cache_dir or os.path.join(self.args.output_dir, "ref_logps")
-        # One process computes, the others wait and read.
-        with self.args.main_process_first(desc=f"reference log-probs of {name}"):
-            found = ref_cache.load(folder, key)
-            if found is None:
-                found = ref_cache.store(folder, key, self._compute(dataset, side, name))
-        return found
+        return ref_cache.found_or_made(
+            folder,
+            key,
+            lambda: self._compute(dataset, side, name),
+            f"computing the reference log-probs of {name}",
+            writes=self._writes,
+        )
+
+    @property
+    def _writes(self) -> bool:
+        return self.args.local_process_index == 0
 
     def _compute(self, dataset: Dataset, side: str, name: str) -> list[np.ndarray]:
         ids, labels = f"{side}input_ids", f"{side}labels"
         size = self.args.precompute_ref_batch_size or self.args.per_device_train_batch_size
         collate = Collator(("",), pad_id=0)
         lengths = [len(x) for x in dataset[ids]]
-        # Sequences of like length together: less padding.
+        # Sequences of like length together: less padding, and processes that wait for no other.
         order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
         logps: list[np.ndarray] = [np.empty(0, np.float32)] * len(order)
         bar = tqdm(
             total=len(order),
             desc=f"Reference log-probs of {name}",
-            disable=self.args.disable_tqdm,
+            disable=self.args.disable_tqdm or self.args.process_index > 0,
         )
-        device = next(self.model.parameters()).device
-        with bar, self._frozen(), _autocast(self.args, device):
-            for first in range(0, len(order), size):
-                at = order[first : first + size]
-                rows = dataset.select(at)
-                batch = collate(
-                    [
-                        {"input_ids": i, "labels": y, "row": n}
-                        for i, y, n in zip(rows[ids], rows[labels], at, strict=True)
-                    ]
-                )
-                found = self._forward({k: t.to(device) for k, t in batch.items()}).cpu().numpy()
-                for n, row in zip(at, found, strict=True):
-                    logps[n] = row[: lengths[n]].copy()
+
+        def compute(at: list[int]) -> list[np.ndarray]:
+            rows = dataset.select(at)
+            batch = collate(
+                [
+                    {"input_ids": i, "labels": y, "row": n}
+                    for i, y, n in zip(rows[ids], rows[labels], at, strict=True)
+                ]
+            )
+            found = self._forward({k: t.to(self.device) for k, t in batch.items()}).cpu().numpy()
+            return [row[: lengths[n]].copy() for n, row in zip(at, found, strict=True)]
+
+        batches = [order[first : first + size] for first in range(0, len(order), size)]
+        what = f"computing the reference log-probs of {name}"
+        with bar, self._frozen(), self.named.autocast():
+            for at, found in in_shares(batches, compute, what, self.args):
+                if self._writes:  # the others read the file
+                    for n, row in zip(at, found, strict=True):
+                        logps[n] = row
                 bar.update(len(at))
         return logps
 
     def _forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        T = batch["labels"].shape[1]
+
         def logps(hidden: torch.Tensor, weight: torch.Tensor, **head: Any) -> torch.Tensor:
             options = {**self.args.linear_options, **head}
-            stats = linear_token_stats(hidden, weight, batch["labels"], shift=True, **options)
-            return stats.logps.float()
+            # A learnt prompt stands before the tokens.
+            labels = F.pad(batch["labels"], (hidden.shape[1] - T, 0), value=IGNORE)
+            stats = linear_token_stats(hidden, weight, labels, shift=True, **options)
+            return stats.logps[:, -T:].float()
 
         return self.model(
             input_ids=batch["input_ids"],
@@ -133,14 +130,55 @@ class Reference:
 
     @contextlib.contextmanager
     def _frozen(self) -> Iterator[None]:
-        """Evaluation mode, no gradients, adapters off."""
-        training = self.model.training
+        """Evaluation mode, without gradients."""
+        training = [module for module in self.model.modules() if module.training]
         self.model.eval()
         try:
-            with torch.no_grad(), _adapter_off(self.model):
+            with torch.no_grad():
                 yield
         finally:
-            self.model.train(training)
+            for module in training:
+                module.training = True
+
+
+def references_wanted(
+    args: SFTConfig | DPOConfig,
+    objective: str,
+    compares: bool,
+    ref_model: Any,
+    datasets: Sequence[Any],
+    sides: tuple[str, ...],
+) -> bool:
+    """Whether to compute references, before anything is loaded or tokenised.
+
+    Args:
+        args: Says so, or leaves it to the loss.
+        objective: What the loss is called, for messages.
+        compares: Whether the loss compares with a reference.
+        ref_model: The reference that was given, or None.
+        datasets: As they were given.
+        sides: Prefixes of their columns.
+
+    Raises:
+        ValueError: The loss lacks its reference, or a reference would be left out; named.
+    """
+    asked = args.precompute_ref_log_probs
+    wanted = compares if asked is None else asked
+    if ref_model is not None and not compares and not wanted:
+        raise ValueError(
+            f"ref_model was given, and {objective} compares with no reference: leave ref_model "
+            "out, or set precompute_ref_log_probs=True to log rewards/implicit and drift against it"
+        )
+    if compares and not wanted:
+        columns = " and ".join(f"{side}ref_logps" for side in sides)
+        for dataset in datasets:
+            # Anything else than a Dataset is refused where it is prepared.
+            if f"{sides[0]}ref_logps" not in (getattr(dataset, "column_names", None) or ()):
+                raise ValueError(
+                    f"{objective} needs reference log-probs: leave precompute_ref_log_probs at "
+                    f"None, or give every dataset a column {columns} (precompute_ref_logps)"
+                )
+    return wanted
 
 
 def precompute_ref_logps(
@@ -157,8 +195,10 @@ def precompute_ref_logps(
     What the trainers do themselves; call it to do so elsewhere (on another machine, before FSDP or
     DeepSpeed shard the model), save the result with ``save_to_disk`` and give it to a trainer. Per
     sequence one forward pass and 2 N D V FLOPs of the head, in float32, without logits. Cached in
-    ``args.ref_cache_dir`` by the model's weights, the tokens and the labels; SFT and DPO share the
-    cache. A PeftModel's adapters are switched off meanwhile.
+    ``args.ref_cache_dir`` by all that decides them (weights, adapters, attention implementation,
+    precision, versions, tokens and labels); SFT and DPO share the cache. A PeftModel is taken as it
+    stands, with its adapters; ``with model.disable_adapter():`` takes it without. Where there are
+    several processes call it on all: each computes a share.
 
     Args:
         model: The reference, a causal LM of transformers on the device it should run on.
@@ -171,11 +211,13 @@ def precompute_ref_logps(
     Returns:
         The prepared dataset with ``ref_logps`` (SFT), or ``chosen_ref_logps`` and
         ``rejected_ref_logps`` (DPO): float32, nats, one entry per token, 0 where nothing is scored;
-        and ``ref_model``, the name of the weights, which a trainer checks.
+        and ``ref_model``, the name of model and precision, which a trainer checks.
 
     Raises:
         TypeError: Not a ``datasets.Dataset``.
-        ValueError: Rows that nothing can be learnt from, or a cache that does not fit; named.
+        ValueError: Rows that nothing can be learnt from, a cache that does not fit, or processes
+            that hold different models; named.
+        RuntimeError: Another process failed; named.
     """
     prepared = prepare(dataset, args, model, processing_class, name, formatting_func)
     return Reference(model, args).attach(prepared, name)
@@ -207,19 +249,3 @@ def prepare(
         dataset_text_field=args.dataset_text_field,
         formatting_func=formatting_func,
     ).sft(dataset, name)
-
-
-def _precision(args: SFTConfig | DPOConfig) -> str:
-    return "bf16" if args.bf16 else "fp16" if args.fp16 else "no"
-
-
-def _autocast(args: SFTConfig | DPOConfig, device: torch.device) -> Any:
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(_precision(args))
-    return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype)
-
-
-def _adapter_off(model: Any) -> Any:
-    # A PeftModel has it; transformers' own adapters are called disable_adapters.
-    if hasattr(model, "disable_adapter"):
-        return model.disable_adapter()
-    return contextlib.nullcontext()

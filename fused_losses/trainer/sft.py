@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from fused_losses import TOKEN_LOSSES, TokenLoss, TokenStats, linear_token_loss
+from fused_losses.integrations.dropout import disable_dropout
 from fused_losses.trainer.base import PostTrainer, check_args
 from fused_losses.trainer.config import SFTConfig
 from fused_losses.trainer.data import IGNORE
@@ -21,14 +22,15 @@ from fused_losses.trainer.telemetry import Sums, log_ratios, token_sums, weight_
 class SFTTrainer(PostTrainer):
     """SFT on ``transformers.Trainer``: MLE or an f-divergence (5)-(7), without logits.
 
-    The reference is ``ref_model``, or else the weights the model starts from (of a PeftModel: the
-    model without its adapters). Its log-probs are computed when the trainer is made and cached on
-    disk, so no second model is held. The loss is a sum over all micro-batches and ranks divided by
-    their items (tokens; sequences at ``level="sequence"``). Every log also holds, of the same pass:
-    ``nll`` (whatever the loss), ``entropy``, ``mean_token_accuracy``, ``num_tokens``,
-    ``values/mean`` (13), ``rewards/implicit`` (12), ``drift`` (mean |logp - ref|) and, where the
-    loss has weights, ``weights/reversed`` and ``weights/capped``; evaluation the same with
-    ``eval_``.
+    The reference is ``ref_model``, or else the model as it starts (a PeftModel with the adapters
+    that it brings). Where the loss compares with it, or ``precompute_ref_log_probs=True`` asks for
+    the telemetry, its log-probs are computed when the trainer is made, without dropout and in the
+    precision of the run, and cached on disk, so no second model is held. The loss is a sum over all
+    micro-batches and ranks divided by their items (tokens; sequences at ``level="sequence"``).
+    Every log also holds, of the same pass: ``nll`` (whatever the loss), ``entropy``,
+    ``mean_token_accuracy``, ``num_tokens``, ``values/mean`` (13); against a reference
+    ``rewards/implicit`` (12), ``drift`` (mean |logp - ref|) and, where the loss has weights,
+    ``weights/reversed`` and ``weights/capped``; evaluation the same with ``eval_``.
 
     Args:
         model: A causal LM of transformers, a PeftModel, or a name to load (with its tokenizer).
@@ -44,7 +46,8 @@ class SFTTrainer(PostTrainer):
         eval_dataset: The same, or a dict of them.
         processing_class: The tokenizer, or a processor with one; None for tokenised data.
         loss: A ``TokenLoss`` of your own, in place of ``args.loss``.
-        ref_model: The reference, if it is not the starting weights.
+        ref_model: The reference, if it is not the model as it starts: a model, which runs as it
+            stands, adapters and all, or a name to load.
         peft_config: Wrap the model with this PEFT configuration first.
         formatting_func: Makes a text of each row, in place of the formats above, as in TRL.
         callbacks: As for ``Trainer``.
@@ -84,14 +87,6 @@ class SFTTrainer(PostTrainer):
                 f"SFTConfig(loss=...), got {type(loss).__name__}"
             )
         self.loss = TOKEN_LOSSES[args.loss] if loss is None else loss
-        wanted = args.precompute_ref_log_probs
-        if self.loss.uses_reference and not wanted:
-            for dataset in (train_dataset, *_evals(eval_dataset)):
-                if dataset is not None and "ref_logps" not in dataset.column_names:
-                    raise ValueError(
-                        f"loss={self.loss.name!r} needs reference log-probs: use "
-                        "precompute_ref_log_probs=True, or give every dataset a column ref_logps"
-                    )
         super().__init__(
             model,
             args,
@@ -100,11 +95,15 @@ class SFTTrainer(PostTrainer):
             processing_class,
             ref_model,
             peft_config,
-            needs_reference=wanted,
+            objective=f"loss={self.loss.name!r}",
+            needs_reference=self.loss.uses_reference,
             formatting_func=formatting_func,
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        off = args.disable_dropout
+        if self.loss.uses_reference if off is None else off:
+            disable_dropout(self.model)
 
     def loss_call(self, inputs: dict[str, Tensor]) -> tuple[Callable[..., Tensor], dict[str, Any]]:
         """Return the token loss and its arguments."""
@@ -152,7 +151,3 @@ def _by_sequence(
     sums = torch.zeros_like(ratio[0]).index_add_(0, segment_ids[0], ratio[0])
     counts = torch.zeros_like(segment_ids[0]).index_add_(0, segment_ids[0], present[0].long())
     return sums, counts > 0
-
-
-def _evals(datasets: Any) -> list[Any]:
-    return list(datasets.values()) if isinstance(datasets, dict) else [datasets]

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
+import xxhash
 from datasets import Dataset
+
+from fused_losses.integrations.shares import on_all
 
 _KEY = b"fused_losses.reference"
 
@@ -23,18 +26,61 @@ class CacheKey:
     Attributes:
         model: Fingerprint of the reference model.
         data: Fingerprint of the tokens and labels.
-        precision: Mixed precision of the forward pass: no, bf16 or fp16.
+        precision: Precision of the forward pass beside the weights': no, tf32, bf16 or fp16.
+        software: Versions that ran it, and the kind of device.
         rows: Number of sequences.
     """
 
     model: str
     data: str
     precision: str
+    software: str
     rows: int
 
     def path(self, folder: str | os.PathLike[str]) -> Path:
         """Return the file in the folder."""
-        return Path(folder) / f"ref-{self.model[:16]}-{self.data[:16]}-{self.precision}.arrow"
+        software = xxhash.xxh3_64_hexdigest(self.software.encode())[:8]
+        name = f"ref-{self.model[:16]}-{self.data[:16]}-{self.precision}-{software}.arrow"
+        return Path(folder) / name
+
+
+def found_or_made(
+    folder: str | os.PathLike[str],
+    key: CacheKey,
+    make: Callable[[], Sequence[np.ndarray]],
+    what: str,
+    *,
+    writes: bool,
+) -> Dataset:
+    """Return the column ``ref_logps`` from the folder, on every process; make it where it lacks.
+
+    Args:
+        folder: May be one that all processes share, or one per machine.
+        key: The same on all processes.
+        make: Makes the log-probs; called on every process if one of them lacks the file.
+        what: What is done, for the message of an error.
+        writes: Whether this process writes the file: one per machine.
+
+    Raises:
+        ValueError: The file does not fit, or nobody wrote it where this process looks.
+        RuntimeError: Another process failed; named.
+    """
+    if not all(on_all(lambda: load(folder, key) is not None, what)):
+        logps = make()
+        on_all(lambda: store(folder, key, logps) if writes else None, what)
+    found = []
+
+    def read() -> None:
+        dataset = load(folder, key)
+        if dataset is None:
+            raise ValueError(
+                f"the reference cache {key.path(folder)} was written by the first process of this "
+                "machine, but not here: give all processes of a machine one ref_cache_dir"
+            )
+        found.append(dataset)
+
+    on_all(read, what)
+    return found[0]
 
 
 def load(folder: str | os.PathLike[str], key: CacheKey) -> Dataset | None:
@@ -63,8 +109,8 @@ def load(folder: str | os.PathLike[str], key: CacheKey) -> Dataset | None:
     return dataset
 
 
-def store(folder: str | os.PathLike[str], key: CacheKey, logps: Sequence[np.ndarray]) -> Dataset:
-    """Write the file in one move, and return its column ``ref_logps``."""
+def store(folder: str | os.PathLike[str], key: CacheKey, logps: Sequence[np.ndarray]) -> None:
+    """Write the file in one move."""
     path = key.path(folder)
     path.parent.mkdir(parents=True, exist_ok=True)
     schema = pa.schema(
@@ -83,4 +129,3 @@ def store(folder: str | os.PathLike[str], key: CacheKey, logps: Sequence[np.ndar
     except BaseException:
         Path(unfinished).unlink(missing_ok=True)
         raise
-    return Dataset.from_file(str(path))

@@ -146,7 +146,12 @@ def test_a_text_has_any_name_or_is_made_by_a_function(tmp_path):
 def test_the_trainer_and_the_references_alone_prepare_alike(tmp_path):
     from tiny_training import llama, tokenizer
 
-    config = sft_config(tmp_path, dataset_text_field="body", drop_unlearnable_rows=True)
+    config = sft_config(
+        tmp_path,
+        dataset_text_field="body",
+        drop_unlearnable_rows=True,
+        precompute_ref_log_probs=True,
+    )
     options = {"formatting_func": lambda row: row["body"][::-1]}
     rows = Dataset.from_list([{"body": "hey"}, {"body": ""}])
     alone = precompute_ref_logps(llama(), rows, config, tokenizer(), **options)

@@ -18,7 +18,7 @@ from tiny_training import (
 )
 
 from fused_losses.trainer import DPOTrainer, SFTTrainer
-from fused_losses.trainer.base import _without_repeats
+from fused_losses.trainer.batches import without_repeats
 from fused_losses.trainer.collate import Collator
 
 # Rows of sft_rows have 5 to 12 tokens.
@@ -142,7 +142,7 @@ def test_evaluation_on_several_processes_counts_no_packed_row_twice():
     # Two processes have three rows each; five are new: the last of the second is a repeat.
     state = SimpleNamespace(end_of_dataloader=True, remainder=5)
     accelerator = SimpleNamespace(num_processes=2, process_index=1, gradient_state=state)
-    kept = _without_repeats(batch, accelerator)
+    kept = without_repeats(batch, accelerator)
     assert kept["row"].tolist() == [0, 1, 0]
     counted = (kept["labels"] != -100).sum(), (batch["labels"] != -100).sum()
     assert [int(c) for c in counted] == [1 + 2 + 3, 1 + 2 + 3 + 3]

@@ -234,8 +234,8 @@ def test_what_cannot_work_is_refused_by_name(tmp_path):
         SFTTrainer(llama(), config, rows)
     model = llama()
     with pytest.raises(ValueError, match="ref_model is the model that is trained"):
-        SFTTrainer(model, sft_config(tmp_path), rows, ref_model=model)
-    trainer = SFTTrainer(model, sft_config(tmp_path), rows, rows)
+        SFTTrainer(model, sft_config(tmp_path, loss="pearson"), rows, ref_model=model)
+    trainer = SFTTrainer(model, sft_config(tmp_path, loss="pearson"), rows, rows)
     with pytest.raises(ValueError, match="give eval_dataset"):
         trainer.evaluate(sft_rows(3))
 

@@ -95,7 +95,7 @@ def test_the_callback_takes_up_the_history_of_a_resumed_run():
 
 
 def test_the_callback_ends_a_run_and_asks_for_what_it_watches(tmp_path):
-    config = sft_config(tmp_path, max_steps=40, learning_rate=0.02)
+    config = sft_config(tmp_path, max_steps=40, learning_rate=0.02, precompute_ref_log_probs=True)
     callback = RewardStabilizationCallback(window=3, tolerance=0.2)
     trainer = SFTTrainer(llama(), config, sft_rows(8), callbacks=[callback])
     trainer.train()

@@ -82,7 +82,7 @@ class DPOTrainer(PostTrainer):
             processing_class,
             ref_model,
             peft_config,
-            objective=f"loss_type={args.loss_type!r}",
+            objective="loss_type=" + "+".join(map(repr, args.loss_type)),
             needs_reference=not args.reference_free,
             callbacks=callbacks,
             optimizers=optimizers,

@@ -389,3 +389,12 @@ def test_an_explicit_reference_takes_the_place_of_the_starting_weights(tmp_path)
     trainer.train()
     ((drift,),) = history(trainer, "drift")
     assert drift > 0.1
+
+
+def test_without_references_the_first_step_alone_logs_where_it_starts(tmp_path):
+    for options, expected in (({}, [0.0]), ({"logging_steps": 2}, [])):
+        trainer = SFTTrainer(llama(), sft_config(tmp_path, max_steps=2, **options), sft_rows(4))
+        trainer.train()
+        found = [e["drift"] for e in trainer.state.log_history if "drift" in e]
+        assert found == expected
+        assert "ref_logps" not in trainer.train_dataset.column_names

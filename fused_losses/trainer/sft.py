@@ -129,9 +129,20 @@ class SFTTrainer(PostTrainer):
             return torch.tensor([batch["row"].numel()], device=batch["row"].device)
         return (batch["labels"] != IGNORE).sum()[None]
 
+    @property
+    def _logs_start(self) -> bool:
+        """Whether this pass is a log's only one, and before any update: the model is its reference.
+
+        So a run without references begins with rewards and drift of 0, at no cost, as any other.
+        """
+        alone = self.state.logging_steps == 1 or self.args.logging_first_step
+        return bool(self.model.training and self.state.global_step == 0 and alone)
+
     def sums(self, stats: TokenStats, inputs: dict[str, Tensor]) -> Sums:
         """Sum the metrics of tokens, and of the loss's weights."""
         labels, ref = inputs["labels"], inputs.get("ref_logps")
+        if ref is None and self._logs_start:
+            ref = stats.logps
         sums = token_sums(stats, labels, ref, self.args.beta)
         if ref is None or not self.loss.uses_reference:
             return sums

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 import sys
+import warnings
 from typing import Any
 
 import torch
@@ -168,3 +169,40 @@ def refuse_unserved(name: str, t: Any, *, batched: bool = False) -> None:
             "forward of the module that FSDP has wrapped, where the weight is whole "
             "(full_tensor() outside it gives the right loss and wrong gradients)"
         )
+
+
+def check_num_items(name: str, num_items: Any, reduction: str) -> None:
+    """Raise unless it is None, or a divisor for ``reduction="mean"``."""
+    if num_items is None:
+        return
+    if reduction != "mean":
+        raise ValueError(f"{name} replaces the divisor of reduction='mean', got {reduction!r}")
+    if isinstance(num_items, Tensor):
+        if num_items.dim() != 0:
+            raise ValueError(
+                f"{name} must be a number or a 0-d tensor, got shape {tuple(num_items.shape)}"
+            )
+        refuse_gradient(name, num_items, COUNT_CURE)
+        if torch.compiler.is_compiling() or num_items.device.type != "cpu":
+            return  # looking at it would synchronise
+        if not has_data(num_items):
+            return
+        num_items = num_items.item()
+    check_number(name, num_items, low=0.0, closed=True)
+
+
+def warn_of_empty(name: str, lengths: Tensor, meaning: str, stacklevel: int = 4) -> None:
+    """Warn of rows of an argument without a counted token, where looking synchronises nothing.
+
+    Args:
+        name: The argument.
+        lengths: Counted tokens of each row.
+        meaning: What becomes of such rows.
+        stacklevel: Frames up to the user's call, this function's being the first.
+    """
+    if lengths.device.type != "cpu" or torch.compiler.is_compiling() or not has_data(lengths):
+        return
+    rows = (lengths.reshape(-1) == 0).nonzero()[:, 0].tolist()
+    if rows:
+        message = f"{name} rows {rows[:8]} have no counted token: {meaning}"
+        warnings.warn(message, stacklevel=stacklevel)

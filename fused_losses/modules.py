@@ -9,6 +9,7 @@ from torch import nn
 
 from fused_losses import functional as F
 from fused_losses.functional.options import keywords_of
+from fused_losses.policy import policy_loss
 from fused_losses.preference import preference_loss
 
 
@@ -117,6 +118,18 @@ class LinearTokenStatistics(_Options):
     """Module of :func:`fused_losses.linear_token_stats`."""
 
     function = staticmethod(F.linear_token_stats)
+
+
+class LinearPolicyLoss(_Options):
+    """Module of :func:`fused_losses.linear_policy_loss`."""
+
+    function = staticmethod(F.linear_policy_loss)
+
+
+class PolicyLoss(_Options):
+    """Module of :func:`fused_losses.policy_loss`."""
+
+    function = staticmethod(policy_loss)
 
 
 class PreferenceLoss(_Options):

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 # A part of fused_losses imports parts of lower rows only; `__init__` is its table of contents.
 LAYERS = (
     {"arguments"},
-    {"stats", "token_losses", "preference"},
+    {"stats", "token_losses", "preference", "policy"},
     {"backends", "reference"},
     {"cost"},
     {"plan"},
@@ -41,8 +41,9 @@ ONLY = {
     "stats": set(),
     "arguments": set(),
     "preference": {"arguments"},
+    "policy": {"arguments"},
     "token_losses": {"fused_losses_kernels.language", "fused_losses_kernels.elementary"},
-    "reference": {"arguments", "stats", "token_losses", "preference"},
+    "reference": {"arguments", "stats", "token_losses", "preference", "policy"},
 }
 MAX_LINES = 350
 
@@ -247,6 +248,8 @@ FUNCTIONS = [
     "linear_token_stats",
     "linear_loss",
     "preference_loss",
+    "policy_loss",
+    "linear_policy_loss",
 ]
 PUBLIC = [
     *FUNCTIONS,
@@ -255,6 +258,8 @@ PUBLIC = [
         for linear in ("", "Linear")
         for loss in ("MLE", "Pearson", "Hellinger", "DPO")
     ),
+    "PolicyLoss",
+    "LinearPolicyLoss",
     "TOKEN_LOSSES",
     "TokenLoss",
     "TokenStats",

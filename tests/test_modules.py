@@ -96,6 +96,18 @@ TWINS: list[tuple[type[nn.Module], Any, tuple[Any, ...], dict[str, Any]]] = [
         {"entropy": True, "shift": True},
     ),
     (
+        fused_losses.LinearPolicyLoss,
+        fused_losses.linear_policy_loss,
+        (*HEAD, REFERENCE, torch.tensor([1.0, -1.0, 0.5, -0.5]), REFERENCE),
+        {"loss_type": "dapo", "beta": 0.3, "entropy_weight": 0.1, "shift": True},
+    ),
+    (
+        fused_losses.PolicyLoss,
+        fused_losses.policy_loss,
+        (REFERENCE + 0.3, REFERENCE, torch.tensor([1.0, -1.0, 0.5, -0.5]), BATCH.y >= 0),
+        {"loss_type": "cispo", "epsilon_high": 1.1},
+    ),
+    (
         fused_losses.PreferenceLoss,
         fused_losses.preference_loss,
         (torch.randn(3), torch.randn(3)),

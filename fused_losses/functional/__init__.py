@@ -14,7 +14,7 @@ from fused_losses.functional.logits import (
     pearson_loss,
     token_loss,
 )
-from fused_losses.functional.observe import PairStats, explain, with_stats
+from fused_losses.functional.observe import PairStats, PolicyStats, explain, with_stats
 from fused_losses.functional.options import (
     CommonOptions,
     LinearOptions,
@@ -22,12 +22,14 @@ from fused_losses.functional.options import (
     SharedOptions,
 )
 from fused_losses.functional.own_loss import linear_loss
+from fused_losses.functional.policy import linear_policy_loss
 from fused_losses.functional.statistics import linear_token_stats, token_stats
 
 __all__ = [
     "CommonOptions",
     "LinearOptions",
     "PairStats",
+    "PolicyStats",
     "SharedLinearOptions",
     "SharedOptions",
     "dpo_loss",
@@ -38,6 +40,7 @@ __all__ = [
     "linear_loss",
     "linear_mle_loss",
     "linear_pearson_loss",
+    "linear_policy_loss",
     "linear_token_loss",
     "linear_token_stats",
     "mle_loss",

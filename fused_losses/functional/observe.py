@@ -39,6 +39,36 @@ class PairStats(NamedTuple):
     rejected_rewards: Tensor
 
 
+class PolicyStats(NamedTuple):
+    """What a pass of a policy loss tells, detached: the :class:`TokenStats` fields, and its own.
+
+    Attributes:
+        logps: Per token, as in :class:`TokenStats`.
+        lse: Per token, as in :class:`TokenStats`.
+        entropy: Per token, as in :class:`TokenStats`.
+        is_top1: Per token, as in :class:`TokenStats`.
+        ratios: Per token, target's shape: the ratio to the old policy, of the loss's level.
+        low_clipped: bool, the same shape: clipped from below, where the advantage is negative.
+        high_clipped: bool, the same shape: clipped from above, where the advantage is positive.
+        kl: Per token, the same shape: the estimate of KL(policy || reference), nats; None without
+            ``ref_logps``.
+        clip_fraction: 0-d: share of the counted tokens that are clipped.
+    """
+
+    logps: Tensor
+    lse: Tensor
+    entropy: Tensor | None
+    is_top1: Tensor
+    ratios: Tensor
+    low_clipped: Tensor
+    high_clipped: Tensor
+    kl: Tensor | None
+    clip_fraction: Tensor
+
+
+Stats = TokenStats | PairStats | PolicyStats
+
+
 class _Explained(BaseException):
     """Carries a plan out of a call that is being explained, past handlers of errors."""
 
@@ -50,7 +80,7 @@ class _Explained(BaseException):
 @dataclass
 class _Observer:
     explaining: bool = False
-    stats: TokenStats | PairStats | None = None
+    stats: Stats | None = None
 
 
 _observer: ContextVar[_Observer | None] = ContextVar("fused_losses_observer", default=None)
@@ -66,7 +96,7 @@ def statistics_wanted() -> bool:
     return observer is not None and not observer.explaining
 
 
-def report_stats(make_stats: Callable[[], TokenStats | PairStats]) -> None:
+def report_stats(make_stats: Callable[[], Stats]) -> None:
     """Hand the statistics of the running call to whoever observes it."""
     observer = _current()
     if observer is not None:
@@ -83,19 +113,19 @@ def report_plan(make_plan: Callable[[], Plan]) -> None:
         raise _Explained(make_plan())
 
 
-def with_stats(
-    fn: Callable[..., Tensor], *args: Any, **kwargs: Any
-) -> tuple[Tensor, TokenStats | PairStats]:
+def with_stats(fn: Callable[..., Tensor], *args: Any, **kwargs: Any) -> tuple[Tensor, Stats]:
     """Call a loss and return the statistics of the same pass beside it, at no further GEMM.
 
     Args:
-        fn: A token loss, ``dpo_loss`` or ``linear_dpo_loss``, or the module of one.
+        fn: A token loss, ``dpo_loss``, ``linear_dpo_loss`` or ``linear_policy_loss``, or the module
+            of one.
         *args: Its arguments.
         **kwargs: Its options.
 
     Returns:
         ``(loss, stats)``: exactly what ``fn`` returns, and the detached :class:`TokenStats`
-        (entropy included) of target's shape, or the :class:`PairStats` of a DPO loss.
+        (entropy included) of target's shape, the :class:`PairStats` of a DPO loss, or
+        the :class:`PolicyStats` of a policy loss.
 
     Raises:
         TypeError: ``fn`` has no such statistics.
@@ -113,8 +143,9 @@ def with_stats(
         _observer.reset(token)
     if observer.stats is None:
         raise TypeError(
-            f"with_stats needs a token loss or a DPO loss, got {getattr(fn, '__name__', fn)!s}, "
-            "which has no per-token statistics; use token_stats or linear_token_stats"
+            "with_stats needs a token loss, a DPO loss or linear_policy_loss, got "
+            f"{getattr(fn, '__name__', fn)!s}, which has no per-token statistics; "
+            "use token_stats or linear_token_stats"
         )
     return loss, observer.stats
 

@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 
 from fused_losses.arguments import (
-    COUNT_CURE,
     WEIGHT_CURE,
     check_choice,
     check_flag,
+    check_num_items,
     check_number,
-    has_data,
     plain,
     refuse_gradient,
 )
@@ -201,23 +200,3 @@ def check_token_loss(loss: str | TokenLoss) -> TokenLoss:
         )
     check_choice("loss", loss, tuple(TOKEN_LOSSES))
     return TOKEN_LOSSES[loss]
-
-
-def check_num_items(name: str, num_items: Any, reduction: str) -> None:
-    """Raise unless it is None, or a divisor for ``reduction="mean"``."""
-    if num_items is None:
-        return
-    if reduction != "mean":
-        raise ValueError(f"{name} replaces the divisor of reduction='mean', got {reduction!r}")
-    if isinstance(num_items, Tensor):
-        if num_items.dim() != 0:
-            raise ValueError(
-                f"{name} must be a number or a 0-d tensor, got shape {tuple(num_items.shape)}"
-            )
-        refuse_gradient(name, num_items, COUNT_CURE)
-        if torch.compiler.is_compiling() or num_items.device.type != "cpu":
-            return  # looking at it would synchronise
-        if not has_data(num_items):
-            return
-        num_items = num_items.item()
-    check_number(name, num_items, low=0.0, closed=True)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fused_losses.arguments import check_number, has_data, plain
+from fused_losses.arguments import check_num_items, check_number, plain, warn_of_empty
 from fused_losses.backends import lines
 from fused_losses.engine.unit_sum import UnitChunk
 from fused_losses.functional.observe import PairStats, report_stats, statistics_wanted
-from fused_losses.functional.options import Options, check_num_items
+from fused_losses.functional.options import Options
 from fused_losses.functional.responses import Responses
 from fused_losses.functional.sources import Source
 from fused_losses.functional.tokens import (
@@ -137,7 +136,7 @@ def run_dpo(
     refuse_reference(o.loss_type, "ref_logps", ref_logps)
     tokens = source.tokens(target)
     batch = _Batch.of(tokens, source.backend, ref_logps, o)
-    _warn_of_empty(batch.lengths)
+    warn_of_empty("target", batch.lengths.t(), "their log-prob is taken as 0")
     factor = mean_factor(batch.present.sum(), options)
     sft_factor = _sft_factor(sft, batch, factor, options)
     entropy = statistics_wanted()
@@ -210,16 +209,3 @@ def _reference(ref_logps: Any, tokens: Tokens) -> tuple[Tensor | None, Tensor | 
             f"{tuple(tokens.shape[:1])}, got {tuple(ref_logps.shape)}"
         )
     return tokens.reference(ref_logps), None
-
-
-def _warn_of_empty(lengths: Tensor) -> None:
-    """Warn of responses without a counted token, where looking costs no synchronisation."""
-    if lengths.device.type != "cpu" or torch.compiler.is_compiling() or not has_data(lengths):
-        return
-    if bool((lengths > 0).all()):
-        return
-    rows = (lengths.t().reshape(-1) == 0).nonzero()[:, 0].tolist()
-    warnings.warn(
-        f"target rows {rows[:8]} have no counted token: their log-prob is taken as 0",
-        stacklevel=4,
-    )

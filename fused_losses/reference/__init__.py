@@ -5,6 +5,7 @@ float64) and leaves every gradient to autograd, so it can be differentiated twic
 purpose: the fused functions are tested against it.
 """
 
+from fused_losses.policy import policy_loss
 from fused_losses.preference import preference_loss
 from fused_losses.reference.linear import (
     linear_dpo_loss,
@@ -12,6 +13,7 @@ from fused_losses.reference.linear import (
     linear_loss,
     linear_mle_loss,
     linear_pearson_loss,
+    linear_policy_loss,
     linear_token_loss,
     linear_token_stats,
 )
@@ -32,10 +34,12 @@ __all__ = [
     "linear_loss",
     "linear_mle_loss",
     "linear_pearson_loss",
+    "linear_policy_loss",
     "linear_token_loss",
     "linear_token_stats",
     "mle_loss",
     "pearson_loss",
+    "policy_loss",
     "preference_loss",
     "token_loss",
     "token_stats",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -9,9 +10,10 @@ import torch
 from torch import Tensor
 
 from fused_losses.arguments import check_flag, expand_units
+from fused_losses.policy import policy_loss
 from fused_losses.reference import losses, pairs
 from fused_losses.reference import stats as statistics
-from fused_losses.reference.rows import linear_logits
+from fused_losses.reference.rows import counted_rows, linear_logits
 from fused_losses.stats import TokenStats, call_on_stats
 
 
@@ -66,6 +68,55 @@ def linear_dpo_loss(
     """``dpo_loss`` of a linear head; arguments as in ``linear_mle_loss``."""
     logits, options = _logits(input, linear_weight, target, **options)
     return pairs.dpo_loss(logits, target, ref_logps, **options)
+
+
+def linear_policy_loss(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    old_logps: Tensor | None,
+    advantages: Tensor,
+    ref_logps: Tensor | None = None,
+    *,
+    entropy_weight: float = 0.0,
+    **options: Any,
+) -> Tensor:
+    """``policy_loss`` of the statistics of a linear head; labels that count are its mask.
+
+    Args:
+        input: (..., T, D) hidden states.
+        linear_weight: (V, D), the head's weight.
+        target: (..., T), int64 or int32, the sampled tokens.
+        old_logps: See ``policy_loss``.
+        advantages: See ``policy_loss``.
+        ref_logps: See ``policy_loss``.
+        entropy_weight: See ``policy_loss``.
+        **options: Those of ``policy_loss`` but ``entropy``, and of ``linear_token_stats``.
+
+    Returns:
+        As ``policy_loss``.
+    """
+    for name, neutral in (("token_weight", None), ("z_loss", 0.0)):
+        if options.pop(name, neutral) != neutral:
+            raise ValueError(f"{name} is not taken by policy losses")
+    names = inspect.signature(policy_loss).parameters
+    policy = {name: options.pop(name) for name in list(options) if name in names}
+    stats = linear_token_stats(
+        input, linear_weight, target, entropy=bool(entropy_weight), **options
+    )
+    ignore_index, shift = options.get("ignore_index", -100), options.get("shift", False)
+    mask = torch.zeros(target.numel(), dtype=torch.bool, device=target.device)
+    mask[counted_rows(target, ignore_index, shift)] = True
+    return policy_loss(
+        stats.logps,
+        old_logps,
+        advantages,
+        mask.view(target.shape),
+        ref_logps,
+        entropy=stats.entropy,
+        entropy_weight=entropy_weight,
+        **policy,
+    )
 
 
 def linear_token_stats(

@@ -247,15 +247,13 @@ def _record(
         "case": asdict(case),
         "counted": batch.counted,
         "ndv": ndv if case.path == "linear" else None,
-        "moved_bytes": None if batch.w is not None else _logits_bytes(case, batch),
+        "moved_bytes": None
+        if batch.w is not None
+        else batch.x.nbytes * (1 if case.trained == "nothing" else 3),
         "rounds": len(base),
         "plan": _plan(case, batch),
         "contenders": lines,
     }
-
-
-def _logits_bytes(case: Case, batch: Batch) -> int:
-    return batch.x.nbytes * (1 if case.trained == "nothing" else 3)
 
 
 def _plan(case: Case, batch: Batch) -> str:

@@ -287,9 +287,9 @@ def test_telemetry_against_a_reference_is_asked_for_where_the_loss_needs_none(
     wanted = config(tmp_path, max_steps=1, precompute_ref_log_probs=True, **options)
     assert first(trainer(llama(), wanted, rows(4)), "drift")[0] < 1e-6
     forbid(monkeypatch)
-    made = trainer(llama(), config(tmp_path, max_steps=1, **options), rows(4))
+    made = trainer(llama(), config(tmp_path, max_steps=2, **options), rows(4))
     made.train()
-    assert not {"drift", "rewards/implicit"} & made.state.log_history[0].keys()
+    assert not {"drift", "rewards/implicit"} & made.state.log_history[1].keys()
 
 
 def test_references_of_another_precision_are_refused(tmp_path):

@@ -53,8 +53,7 @@ class SFTTrainer(trl.SFTTrainer):
 
     With ``mle``, loss, gradients and metrics are TRL's; ``loss_type="dft"``,
     ``label_smoothing_factor`` and ``compute_loss_func`` are TRL's own formulas on this engine's
-    log-probs. Other losses leave out the first token under prompt tuning, which the reference,
-    without the prompt, cannot predict.
+    log-probs. Other losses leave out, under prompt tuning, the first token: no reference has it.
 
     Args:
         *args: As TRL's.
@@ -68,8 +67,7 @@ class SFTTrainer(trl.SFTTrainer):
         ValueError: An unknown loss, or an option out of its range; ``loss_type="dft"``,
             ``label_smoothing_factor`` or ``compute_loss_func`` beside a loss other than ``mle``; a
             stream, or packed rows with ``ref_logps`` of their own, beside a loss with a reference.
-        NotImplementedError: Images beside a loss with a reference; context or sequence parallelism,
-            at the first step.
+        NotImplementedError: Images beside a loss with a reference; context parallelism, at a step.
     """
 
     data_collator: Any
@@ -91,8 +89,7 @@ class SFTTrainer(trl.SFTTrainer):
         check_sft(given, self.token_loss, self.token_loss_options)
         super().__init__(*args, **kwargs)
         fuse_lm_head(self.model)
-        # Log-ratios and tokens since the last log.
-        self._ratios = {"train": [0.0, 0.0], "eval": [0.0, 0.0]}
+        self._ratios = {"train": [0.0, 0.0], "eval": [0.0, 0.0]}  # sums and tokens since a log
         if self.token_loss.uses_reference:
             self.data_collator = ReferenceCollator(self.data_collator)
             self.train_dataset = self.add_ref_logps(self.train_dataset)
@@ -293,14 +290,10 @@ class DPOTrainer(trl.DPOTrainer):
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
         # TRL's cache goes by weights and data alone.
         weights = self._precompute_model_hash
-        path = [
-            self.data_collator,
-            self.accelerator.mixed_precision,
-            self.ld_alpha,
-            self.model.config._attn_implementation,
-            [m.__version__ for m in (fused_losses, torch, transformers)],
-        ]
-        self._precompute_model_hash = Hasher.hash([weights, *path])
+        versions = [m.__version__ for m in (fused_losses, torch, transformers)]
+        path = [self.accelerator.mixed_precision, self.model.config._attn_implementation, versions]
+        how = [weights, self.data_collator, self.ld_alpha, *path]
+        self._precompute_model_hash = Hasher.hash(how)
         try:
             return super()._precompute_ref_logps(dataset, name, batch_size)
         finally:

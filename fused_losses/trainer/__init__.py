@@ -14,8 +14,9 @@ except ImportError as error:
     ) from error
 
 from fused_losses.trainer.callbacks import RewardStabilizationCallback
-from fused_losses.trainer.config import DPOConfig, SFTConfig
+from fused_losses.trainer.config import SFTConfig
 from fused_losses.trainer.dpo import DPOTrainer
+from fused_losses.trainer.dpo_config import DPOConfig
 from fused_losses.trainer.evaluation import ValueAgreement, value_agreement
 from fused_losses.trainer.reference import precompute_ref_logps
 from fused_losses.trainer.sft import SFTTrainer

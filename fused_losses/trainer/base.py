@@ -17,9 +17,10 @@ from fused_losses import with_stats
 from fused_losses.integrations import fuse_lm_head
 from fused_losses.trainer.batches import behind_prompt, lengths_of, without_repeats
 from fused_losses.trainer.collate import Collator
-from fused_losses.trainer.loading import load_models, move
+from fused_losses.trainer.data import each, values
+from fused_losses.trainer.loading import load_models
 from fused_losses.trainer.packing import check_packing, pack
-from fused_losses.trainer.reference import Reference, prepare, references_wanted
+from fused_losses.trainer.reference import prepare, references_wanted, with_references
 from fused_losses.trainer.sequences import text_tokenizer
 from fused_losses.trainer.settings import check_setting
 from fused_losses.trainer.telemetry import Sums, Telemetry, TrainingRecord, means
@@ -53,7 +54,7 @@ class PostTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
-        datasets = [d for d in (train_dataset, *_values(eval_dataset)) if d is not None]
+        datasets = [d for d in (train_dataset, *values(eval_dataset)) if d is not None]
         wants_reference = references_wanted(
             args, objective, needs_reference, ref_model, datasets, self.sides
         )
@@ -69,7 +70,7 @@ class PostTrainer(Trainer):
         if train_dataset is not None:
             train_dataset = prepared(train_dataset, "train_dataset")
         if eval_dataset is not None:
-            eval_dataset = _each(eval_dataset, prepared)
+            eval_dataset = each(eval_dataset, prepared)
         pad_id = getattr(text_tokenizer(processing_class), "pad_token_id", None)
         super().__init__(
             model=model,
@@ -89,37 +90,17 @@ class PostTrainer(Trainer):
         if args.lays_end_to_end:
             check_packing(self.model, args.device)
         self._evaluated = Telemetry()
-        self._attach_references(ref_model, objective, wants_reference)
+        self.train_dataset, self.eval_dataset = with_references(
+            self.train_dataset,
+            self.eval_dataset,
+            self.model,
+            ref_model,
+            args,
+            objective,
+            wanted=wants_reference,
+            sharded=self.is_fsdp_enabled or self.is_deepspeed_enabled,
+        )
         self._pack()
-
-    def _attach_references(self, ref_model: Any, objective: str, wanted: bool) -> None:
-        """Compute the references now, while the model is the one that starts; check given ones."""
-        column = f"{self.sides[0]}ref_logps"
-        datasets = [d for d in (self.train_dataset, *_values(self.eval_dataset)) if d is not None]
-        lacking = wanted and not all(column in d.column_names for d in datasets)
-        if not lacking and not any(column in d.column_names for d in datasets):
-            return
-        if lacking and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            raise ValueError(
-                "with FSDP or DeepSpeed the reference log-probs must come with the dataset: call "
-                "precompute_ref_logps(model, dataset, args, processing_class) before the model is "
-                f"sharded, save its result, and train on that; where {objective} needs none, set "
-                "precompute_ref_log_probs=False"
-            )
-        reference = Reference(self.model if ref_model is None else ref_model, self.args)
-        if ref_model is not None:
-            move(ref_model, self.args.device)
-
-        def attached(dataset: Dataset, name: str) -> Dataset:
-            known = column in dataset.column_names
-            return reference.attach(dataset, name) if known or wanted else dataset
-
-        if self.train_dataset is not None:
-            self.train_dataset = attached(self.train_dataset, "train_dataset")
-        if self.eval_dataset is not None:
-            self.eval_dataset = _each(self.eval_dataset, attached)
-        if ref_model is not None:
-            move(ref_model, "cpu")
 
     def _pack(self) -> None:
         """Lay sequences together in rows, once each has its references."""
@@ -130,7 +111,7 @@ class PostTrainer(Trainer):
         if self.args.packs_training and self.train_dataset is not None:
             self.train_dataset = packed(self.train_dataset, "train_dataset")
         if self.args.packs_evaluation and self.eval_dataset is not None:
-            self.eval_dataset = _each(self.eval_dataset, packed)
+            self.eval_dataset = each(self.eval_dataset, packed)
 
     def loss_call(self, inputs: dict[str, Tensor]) -> tuple[Callable[..., Tensor], dict[str, Any]]:
         """Return the loss of hidden states and its arguments beside them; see the trainers."""
@@ -237,8 +218,7 @@ class PostTrainer(Trainer):
         with torch.no_grad(), self.compute_loss_context_manager(), warnings.catch_warnings():
             # Repeats are masked whole.
             warnings.filterwarnings("ignore", "target rows .* have no counted token")
-            loss = self.compute_loss(model, inputs)
-        return loss.detach(), None, None
+            return self.compute_loss(model, inputs).detach(), None, None
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Evaluate; every metric is the mean over all items, and not over batches."""
@@ -262,8 +242,7 @@ class PostTrainer(Trainer):
 
     @property
     def _record(self) -> TrainingRecord:
-        found = (c for c in self.callback_handler.callbacks if isinstance(c, TrainingRecord))
-        return next(found)
+        return next(c for c in self.callback_handler.callbacks if isinstance(c, TrainingRecord))
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self._record.losses.check()
@@ -289,7 +268,7 @@ class PostTrainer(Trainer):
         return super().get_test_dataloader(self._admitted(test_dataset, "test_dataset"))
 
     def _admitted(self, dataset: Any, name: str) -> Any:
-        known = [self.train_dataset, *_values(self.eval_dataset)]
+        known = [self.train_dataset, *values(self.eval_dataset)]
         if dataset is None or isinstance(dataset, str) or any(dataset is d for d in known):
             return dataset
         prepared = self._prepared(dataset, name)
@@ -317,25 +296,5 @@ class PostTrainer(Trainer):
         return Dataset.from_dict({self.args.length_column_name: lengths})
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = [
-            "row",
-            "seq_lengths",
-            *(f"{s}{c}" for s in self.sides for c in ("input_ids", "labels", "ref_logps")),
-        ]
-
-
-def check_args(args: Any, expected: type) -> None:
-    """Raise unless the trainer was given its own config."""
-    if not isinstance(args, expected):
-        raise TypeError(f"args must be a {expected.__name__}, got {type(args).__name__}")
-
-
-def _each(datasets: Any, change: Callable[[Any, str], Dataset]) -> Any:
-    """Change a dataset, or each of a dict of them, told its name."""
-    if isinstance(datasets, dict):
-        return {k: change(d, f"eval_dataset[{k!r}]") for k, d in datasets.items()}
-    return change(datasets, "eval_dataset")
-
-
-def _values(datasets: Any) -> list[Any]:
-    return list(datasets.values()) if isinstance(datasets, dict) else [datasets]
+        own = (f"{s}{c}" for s in self.sides for c in ("input_ids", "labels", "ref_logps"))
+        self._signature_columns = ["row", "seq_lengths", *own]

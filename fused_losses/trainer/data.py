@@ -8,6 +8,7 @@ unchanged but for truncation. ``row`` is the row's number in the dataset that wa
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -281,3 +282,15 @@ def _reference(ref: list[float], cut: slice) -> list[float]:
             "they were conditioned on; drop the ref_logps columns or raise max_length"
         )
     return ref[cut]
+
+
+def each(datasets: Any, change: Callable[[Any, str], Dataset]) -> Any:
+    """Change an evaluation dataset, or each of a dict of them, told its name."""
+    if isinstance(datasets, dict):
+        return {k: change(d, f"eval_dataset[{k!r}]") for k, d in datasets.items()}
+    return change(datasets, "eval_dataset")
+
+
+def values(datasets: Any) -> list[Any]:
+    """Return an evaluation dataset, or those of a dict of them, as a list."""
+    return list(datasets.values()) if isinstance(datasets, dict) else [datasets]

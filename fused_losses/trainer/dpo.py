@@ -12,10 +12,10 @@ from transformers import TrainerCallback
 
 from fused_losses import PairStats, linear_dpo_loss
 from fused_losses.integrations.dropout import disable_dropout
-from fused_losses.trainer.base import PostTrainer, check_args
-from fused_losses.trainer.config import DPOConfig
+from fused_losses.trainer.base import PostTrainer
 from fused_losses.trainer.data import IGNORE, SIDES
-from fused_losses.trainer.settings import refuse_unserved
+from fused_losses.trainer.dpo_config import DPOConfig
+from fused_losses.trainer.settings import check_args, refuse_unserved
 from fused_losses.trainer.telemetry import Sums, pair_sums, token_sums
 
 

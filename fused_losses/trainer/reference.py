@@ -20,8 +20,9 @@ from fused_losses.integrations.fingerprint import data_fingerprint
 from fused_losses.integrations.ref_names import REF_MODEL, NamedModel
 from fused_losses.integrations.shares import in_shares
 from fused_losses.trainer.collate import Collator
-from fused_losses.trainer.config import DPOConfig, SFTConfig
-from fused_losses.trainer.data import IGNORE, SIDES, Preparation
+from fused_losses.trainer.config import PostTrainingConfig, SFTConfig
+from fused_losses.trainer.data import IGNORE, SIDES, Preparation, each, values
+from fused_losses.trainer.loading import move
 
 
 class Reference:
@@ -32,7 +33,7 @@ class Reference:
         args: Batch size, precision, cache folder and workspace.
     """
 
-    def __init__(self, model: Any, args: SFTConfig | DPOConfig) -> None:
+    def __init__(self, model: Any, args: PostTrainingConfig) -> None:
         self.model = fuse_lm_head(model)
         self.args = args
         first = next(model.parameters()).device
@@ -142,7 +143,7 @@ class Reference:
 
 
 def references_wanted(
-    args: SFTConfig | DPOConfig,
+    args: PostTrainingConfig,
     objective: str,
     compares: bool,
     ref_model: Any,
@@ -181,10 +182,56 @@ def references_wanted(
     return wanted
 
 
+def with_references(
+    train_dataset: Any,
+    eval_dataset: Any,
+    model: Any,
+    ref_model: Any,
+    args: PostTrainingConfig,
+    objective: str,
+    *,
+    wanted: bool,
+    sharded: bool,
+) -> tuple[Any, Any]:
+    """Give prepared datasets their references now, while the model is the one that starts.
+
+    Given ones are checked, even where none are wanted.
+
+    Raises:
+        ValueError: References are lacking and the model is ``sharded``; given ones do not fit.
+    """
+    datasets = [d for d in (train_dataset, *values(eval_dataset)) if d is not None]
+    known = [any(c.endswith("ref_logps") for c in d.column_names) for d in datasets]
+    if wanted and sharded and not all(known):
+        raise ValueError(
+            "with FSDP or DeepSpeed the reference log-probs must come with the dataset: call "
+            "precompute_ref_logps(model, dataset, args, processing_class) before the model is "
+            f"sharded, save its result, and train on that; where {objective} needs none, set "
+            "precompute_ref_log_probs=False"
+        )
+    if (not any(known) and not wanted) or not datasets:
+        return train_dataset, eval_dataset
+    reference = Reference(model if ref_model is None else ref_model, args)
+
+    def attached(dataset: Dataset, name: str) -> Dataset:
+        given = any(c.endswith("ref_logps") for c in dataset.column_names)
+        return reference.attach(dataset, name) if given or wanted else dataset
+
+    if ref_model is not None:
+        move(ref_model, args.device)
+    if train_dataset is not None:
+        train_dataset = attached(train_dataset, "train_dataset")
+    if eval_dataset is not None:
+        eval_dataset = each(eval_dataset, attached)
+    if ref_model is not None:
+        move(ref_model, "cpu")
+    return train_dataset, eval_dataset
+
+
 def precompute_ref_logps(
     model: Any,
     dataset: Dataset,
-    args: SFTConfig | DPOConfig,
+    args: PostTrainingConfig,
     processing_class: Any = None,
     *,
     name: str = "dataset",
@@ -225,7 +272,7 @@ def precompute_ref_logps(
 
 def prepare(
     dataset: Any,
-    args: SFTConfig | DPOConfig,
+    args: PostTrainingConfig,
     model: Any,
     processing_class: Any,
     name: str,

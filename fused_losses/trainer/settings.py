@@ -20,6 +20,12 @@ _UNSERVED = {
 }
 
 
+def check_args(args: Any, expected: type) -> None:
+    """Raise unless the trainer was given its own config."""
+    if not isinstance(args, expected):
+        raise TypeError(f"args must be a {expected.__name__}, got {type(args).__name__}")
+
+
 def refuse_unserved(trainer: str, given: dict[str, Any]) -> None:
     """Raise if a trainer was given arguments that it does not have.
 

@@ -12,10 +12,10 @@ from transformers import TrainerCallback
 
 from fused_losses import TOKEN_LOSSES, TokenLoss, TokenStats, linear_token_loss
 from fused_losses.integrations.dropout import disable_dropout
-from fused_losses.trainer.base import PostTrainer, check_args
+from fused_losses.trainer.base import PostTrainer
 from fused_losses.trainer.config import SFTConfig
 from fused_losses.trainer.data import IGNORE
-from fused_losses.trainer.settings import refuse_unserved
+from fused_losses.trainer.settings import check_args, refuse_unserved
 from fused_losses.trainer.telemetry import Sums, log_ratios, token_sums, weight_sums
 
 

@@ -72,6 +72,12 @@ class DPOLoss(_Options):
     function = staticmethod(F.dpo_loss)
 
 
+class KTOLoss(_Options):
+    """Module of :func:`fused_losses.kto_loss`."""
+
+    function = staticmethod(F.kto_loss)
+
+
 class TokenStatistics(_Options):
     """Module of :func:`fused_losses.token_stats`."""
 
@@ -106,6 +112,12 @@ class LinearDPOLoss(_Options):
     """Module of :func:`fused_losses.linear_dpo_loss`."""
 
     function = staticmethod(F.linear_dpo_loss)
+
+
+class LinearKTOLoss(_Options):
+    """Module of :func:`fused_losses.linear_kto_loss`."""
+
+    function = staticmethod(F.linear_kto_loss)
 
 
 class LinearLoss(_Options):

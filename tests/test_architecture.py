@@ -240,7 +240,7 @@ def test_no_file_speaks_of_one_machine():
         assert found == [], f"{path.relative_to(ROOT)} holds {found}"
 
 
-LOSSES = ["mle_loss", "pearson_loss", "hellinger_loss", "token_loss", "dpo_loss"]
+LOSSES = ["mle_loss", "pearson_loss", "hellinger_loss", "token_loss", "dpo_loss", "kto_loss"]
 FUNCTIONS = [
     *LOSSES,
     *(f"linear_{name}" for name in LOSSES),
@@ -256,7 +256,7 @@ PUBLIC = [
     *(
         f"{linear}{loss}Loss"
         for linear in ("", "Linear")
-        for loss in ("MLE", "Pearson", "Hellinger", "DPO")
+        for loss in ("MLE", "Pearson", "Hellinger", "DPO", "KTO")
     ),
     "PolicyLoss",
     "LinearPolicyLoss",

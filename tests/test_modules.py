@@ -96,6 +96,18 @@ TWINS: list[tuple[type[nn.Module], Any, tuple[Any, ...], dict[str, Any]]] = [
         {"entropy": True, "shift": True},
     ),
     (
+        fused_losses.KTOLoss,
+        fused_losses.kto_loss,
+        (*TOKENS, REFERENCE, torch.tensor([True, False, True, False])),
+        {"beta": 0.3, "kl": 0.5, "undesirable_weight": 1.5},
+    ),
+    (
+        fused_losses.LinearKTOLoss,
+        fused_losses.linear_kto_loss,
+        (*HEAD, REFERENCE, torch.tensor([True, False, True, False])),
+        {"beta": 0.3, "desirable_weight": 0.5, "reduction": "none"},
+    ),
+    (
         fused_losses.LinearPolicyLoss,
         fused_losses.linear_policy_loss,
         (*HEAD, REFERENCE, torch.tensor([1.0, -1.0, 0.5, -0.5]), REFERENCE),

@@ -1,5 +1,6 @@
 """The public functions: each checks its arguments, plans, runs, reduces."""
 
+from fused_losses.functional.kto import kto_loss, linear_kto_loss
 from fused_losses.functional.linear import (
     linear_dpo_loss,
     linear_hellinger_loss,
@@ -14,7 +15,7 @@ from fused_losses.functional.logits import (
     pearson_loss,
     token_loss,
 )
-from fused_losses.functional.observe import PairStats, PolicyStats, explain, with_stats
+from fused_losses.functional.observe import KTOStats, PairStats, PolicyStats, explain, with_stats
 from fused_losses.functional.options import (
     CommonOptions,
     LinearOptions,
@@ -27,6 +28,7 @@ from fused_losses.functional.statistics import linear_token_stats, token_stats
 
 __all__ = [
     "CommonOptions",
+    "KTOStats",
     "LinearOptions",
     "PairStats",
     "PolicyStats",
@@ -35,8 +37,10 @@ __all__ = [
     "dpo_loss",
     "explain",
     "hellinger_loss",
+    "kto_loss",
     "linear_dpo_loss",
     "linear_hellinger_loss",
+    "linear_kto_loss",
     "linear_loss",
     "linear_mle_loss",
     "linear_pearson_loss",

@@ -66,7 +66,27 @@ class PolicyStats(NamedTuple):
     clip_fraction: Tensor
 
 
-Stats = TokenStats | PairStats | PolicyStats
+class KTOStats(NamedTuple):
+    """What a KTO pass tells, detached: the :class:`TokenStats` fields, and the responses'.
+
+    Attributes:
+        logps: Per token, as in :class:`TokenStats`.
+        lse: Per token, as in :class:`TokenStats`.
+        entropy: Per token, as in :class:`TokenStats`.
+        is_top1: Per token, as in :class:`TokenStats`.
+        response_logps: (...) summed log-probs of the responses, nats.
+        rewards: (...) implicit rewards ``beta * sum(logp - ref)`` (12).
+    """
+
+    logps: Tensor
+    lse: Tensor
+    entropy: Tensor | None
+    is_top1: Tensor
+    response_logps: Tensor
+    rewards: Tensor
+
+
+Stats = TokenStats | PairStats | PolicyStats | KTOStats
 
 
 class _Explained(BaseException):
@@ -117,15 +137,14 @@ def with_stats(fn: Callable[..., Tensor], *args: Any, **kwargs: Any) -> tuple[Te
     """Call a loss and return the statistics of the same pass beside it, at no further GEMM.
 
     Args:
-        fn: A token loss, ``dpo_loss``, ``linear_dpo_loss`` or ``linear_policy_loss``, or the module
-            of one.
+        fn: A token loss, a DPO or KTO loss, ``linear_policy_loss``, or the module of one.
         *args: Its arguments.
         **kwargs: Its options.
 
     Returns:
         ``(loss, stats)``: exactly what ``fn`` returns, and the detached :class:`TokenStats`
-        (entropy included) of target's shape, the :class:`PairStats` of a DPO loss, or
-        the :class:`PolicyStats` of a policy loss.
+        (entropy included) of target's shape, the :class:`PairStats` of a DPO loss, the
+        :class:`KTOStats` of a KTO loss, or the :class:`PolicyStats` of a policy loss.
 
     Raises:
         TypeError: ``fn`` has no such statistics.
@@ -143,7 +162,7 @@ def with_stats(fn: Callable[..., Tensor], *args: Any, **kwargs: Any) -> tuple[Te
         _observer.reset(token)
     if observer.stats is None:
         raise TypeError(
-            "with_stats needs a token loss, a DPO loss or linear_policy_loss, got "
+            "with_stats needs a token, DPO, KTO or linear policy loss, got "
             f"{getattr(fn, '__name__', fn)!s}, which has no per-token statistics; "
             "use token_stats or linear_token_stats"
         )

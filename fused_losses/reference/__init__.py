@@ -7,9 +7,11 @@ purpose: the fused functions are tested against it.
 
 from fused_losses.policy import policy_loss
 from fused_losses.preference import preference_loss
+from fused_losses.reference.kto import kto_loss
 from fused_losses.reference.linear import (
     linear_dpo_loss,
     linear_hellinger_loss,
+    linear_kto_loss,
     linear_loss,
     linear_mle_loss,
     linear_pearson_loss,
@@ -29,8 +31,10 @@ from fused_losses.reference.stats import token_stats
 __all__ = [
     "dpo_loss",
     "hellinger_loss",
+    "kto_loss",
     "linear_dpo_loss",
     "linear_hellinger_loss",
+    "linear_kto_loss",
     "linear_loss",
     "linear_mle_loss",
     "linear_pearson_loss",

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fused_losses.arguments import check_flag, expand_units
 from fused_losses.policy import policy_loss
-from fused_losses.reference import losses, pairs
+from fused_losses.reference import kto, losses, pairs
 from fused_losses.reference import stats as statistics
 from fused_losses.reference.rows import counted_rows, linear_logits
 from fused_losses.stats import TokenStats, call_on_stats
@@ -68,6 +68,19 @@ def linear_dpo_loss(
     """``dpo_loss`` of a linear head; arguments as in ``linear_mle_loss``."""
     logits, options = _logits(input, linear_weight, target, **options)
     return pairs.dpo_loss(logits, target, ref_logps, **options)
+
+
+def linear_kto_loss(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    ref_logps: Tensor,
+    desirable: Tensor,
+    **options: Any,
+) -> Tensor:
+    """``kto_loss`` of a linear head; arguments as in ``linear_mle_loss``."""
+    logits, options = _logits(input, linear_weight, target, **options)
+    return kto.kto_loss(logits, target, ref_logps, desirable, **options)
 
 
 def linear_policy_loss(

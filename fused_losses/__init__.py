@@ -55,7 +55,7 @@ from fused_losses.modules import (
 )
 from fused_losses.plan import Plan
 from fused_losses.policy import policy_loss
-from fused_losses.preference import preference_loss
+from fused_losses.preference import LossType, preference_loss
 from fused_losses.stats import TokenStats
 from fused_losses.token_losses import TOKEN_LOSSES, TokenLoss
 
@@ -78,6 +78,7 @@ __all__ = [
     "LinearPolicyLoss",
     "LinearTokenLoss",
     "LinearTokenStatistics",
+    "LossType",
     "MLELoss",
     "PairStats",
     "PearsonLoss",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import typing
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from linear_oracle import head_batch, near_reference
 from torch import nn
 
 import fused_losses
+from fused_losses.preference import PAIR_LOSSES
 
 BATCH = head_batch((4, 6), 8, 21)
 REFERENCE = near_reference(BATCH)
@@ -193,6 +195,18 @@ def test_an_option_that_does_not_exist_is_refused_at_construction(
     wrong = "inplace" if linear else "workspace_bytes"
     with pytest.raises(TypeError, match=wrong):
         module(**{wrong: 1})
+
+
+@each_twin
+def test_a_module_says_what_it_returns(
+    module: type[nn.Module], function: Any, args: tuple[Any, ...], options: dict[str, Any]
+) -> None:
+    said, returned = (typing.get_type_hints(f)["return"] for f in (module.forward, function))
+    assert said == returned
+
+
+def test_the_names_of_pair_losses_are_a_public_type() -> None:
+    assert typing.get_args(fused_losses.LossType) == tuple(PAIR_LOSSES)
 
 
 def test_what_belongs_to_a_batch_is_given_in_the_call_and_wins() -> None:

@@ -60,6 +60,27 @@ def dpo(folder: Path, options: dict[str, Any], data: Any = PAIRS, **more: Any) -
     return ours.DPOTrainer(llama(), args=config, train_dataset=data, **more)
 
 
+@pytest.mark.parametrize("options", [SILENT | {"bf16": True}, FP32], ids=["bf16", "fp32"])
+def test_sft_compares_with_what_it_starts_from_in_the_precision_of_the_run(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
+    adapted = peft.get_peft_model(llama(), peft.LoraConfig(task_type="CAUSAL_LM", r=2))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2)  # an adapter that was trained before
+    config = trl.SFTConfig(str(tmp_path), **options)
+    trainer = ours.SFTTrainer(
+        adapted,
+        config,
+        train_dataset=SEQUENCES,
+        processing_class=tokenizer(),
+        loss="hellinger",
+        beta=0.5,
+    )
+    trainer.train()
+    assert trainer.state.log_history[0]["rewards/implicit"] == 0.0
+
+
 @pytest.mark.parametrize(
     "options",
     [

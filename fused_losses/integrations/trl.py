@@ -47,7 +47,7 @@ class SFTTrainer(trl.SFTTrainer):
     """TRL's ``SFTTrainer`` with the token losses of this library.
 
     A loss that compares with a reference takes it from the dataset's column ``ref_logps``, or
-    computes it before training with the model as it is then (PEFT: with the adapters off). Beside
+    computes it before training with the model as it is then, a PeftModel with its adapters. Beside
     TRL's metrics it logs ``rewards/implicit``, the mean of r (5) over the counted tokens of a log's
     steps and of all processes.
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from datasets.fingerprint import Hasher
-from trl.trainer.utils import hash_module
 
+from fused_losses.integrations.fingerprint import model_fingerprint, precision_of, software_of
 from fused_losses.integrations.trl_head import AnsweredModel, ask_logps
 
 COLUMN = "ref_logps"
@@ -54,9 +53,10 @@ class ReferenceCollator:
 def add_ref_logps(trainer: Any, dataset: Any, batch_size: int) -> Any:
     """Return a prepared dataset with the log-probs of its labels under the trainer's model.
 
-    Under PEFT the adapters are switched off. Position t holds log p(token t | those before), 0
+    The model is taken as it stands, a PeftModel with its adapters, in the precision of the run and
+    without dropout. Position t holds log p(token t | those before), 0
     where nothing is learnt. No gradients, no logits; the result is cached by ``datasets`` under a
-    fingerprint of data and weights.
+    fingerprint of data, weights, adapters, precision and versions.
 
     Args:
         trainer: A trainer of this module, before training.
@@ -78,8 +78,17 @@ def add_ref_logps(trainer: Any, dataset: Any, batch_size: int) -> Any:
         )
     model = trainer.model
     collate = getattr(trainer.data_collator, "collate", trainer.data_collator)
-    fingerprint = Hasher.hash([dataset._fingerprint, hash_module(model), batch_size, COLUMN])
-    adapters_off = getattr(model, "disable_adapter", contextlib.nullcontext)
+    device = trainer.accelerator.device
+    fingerprint = Hasher.hash(
+        [
+            dataset._fingerprint,
+            model_fingerprint(trainer.accelerator.unwrap_model(model)),
+            precision_of(trainer.accelerator.mixed_precision, device),
+            software_of(device),
+            batch_size,
+            COLUMN,
+        ]
+    )
 
     def batch_of(columns: dict[str, list[Any]]) -> dict[str, Any]:
         examples = [
@@ -87,7 +96,8 @@ def add_ref_logps(trainer: Any, dataset: Any, batch_size: int) -> Any:
         ]
         inputs = trainer._prepare_inputs(collate(examples))
         inputs["use_cache"] = False
-        with torch.no_grad(), adapters_off(), trainer.compute_loss_context_manager():
+        # The Trainer's own context holds no autocast: accelerate puts that into the forward.
+        with torch.no_grad(), trainer.accelerator.autocast():
             head = AnsweredModel(model, ask_logps)
             head(**inputs, fused_lm_head=True)
         logps = head.kept[:, -inputs["input_ids"].shape[1] :].cpu()

@@ -44,6 +44,11 @@ class Case:
         """Whether it takes hidden states."""
         return self.name.startswith("linear_")
 
+    @property
+    def sequences(self) -> bool:
+        """Whether it takes whole sequences, and so no target of one dimension."""
+        return self.name.endswith(("dpo_loss", "kto_loss", "policy_loss"))
+
     def __str__(self) -> str:
         """Name of the test."""
         return "-".join([self.name, *map(str, self.options.values())])
@@ -59,6 +64,10 @@ class Case:
             "segment_ids": torch.randint(3, shape),
             "units": torch.randint(3, shape),
             "linear_bias": torch.randn(V),
+            "old_logps": -2.0 - torch.rand(shape),
+            "sampler_logps": -2.0 - torch.rand(shape),
+            "advantages": torch.randn(shape[:-1]),
+            "desirable": torch.rand(shape[:-1]) < 0.5,
         }
         made["target"].view(-1)[-1:] = -100
         if "segment_ids" in self.takes:  # how many sequences there are is data: one value for all
@@ -90,6 +99,7 @@ def _both(name: str, takes: tuple[str, ...] = (), **options: Any) -> list[Case]:
 
 
 TOKEN = ("ref_logps", "token_weight", "value")
+POLICY = ("old_logps", "advantages", "ref_logps", "sampler_logps")
 CASES = [
     *_both("mle_loss", ("token_weight",)),
     *_both("mle_loss", ("token_weight",), reduction="none"),
@@ -99,6 +109,10 @@ CASES = [
     *_both("token_loss", TOKEN, loss="kl"),
     *_both("dpo_loss", ("ref_logps",)),
     *_both("dpo_loss", ("ref_sums",), reduction="none"),
+    *_both("kto_loss", ("ref_logps", "desirable")),
+    *_both("kto_loss", ("ref_sums", "desirable"), reduction="none"),
+    Case("linear_policy_loss", POLICY),
+    Case("linear_policy_loss", POLICY, {"reduction": "none", "loss_type": "gspo", "beta": 0.1}),
     *_both("token_stats"),
     Case("linear_loss"),
     Case("linear_loss", ("units",)),

@@ -52,7 +52,8 @@ each_function = pytest.mark.parametrize("name", FUNCTIONS)
 FLAGS = {"shift", "validate", "inplace", "entropy"}
 NUMBERS = {
     "beta", "softcap", "logit_scale", "temperature", "z_loss", "label_smoothing", "max_weight",
-    "sft_weight", "value", "num_items", "sft_num_items",
+    "sft_weight", "value", "num_items", "sft_num_items", "desirable_weight", "undesirable_weight",
+    "kl", "epsilon", "epsilon_high", "entropy_weight", "sampler_cap",
 }  # fmt: skip
 CHOICES = {"reduction", "backend", "level", "loss_type", "loss"}
 
@@ -63,8 +64,9 @@ def _taken(case: Case, options: set[str]) -> set[str]:
     taken = keywords_of(getattr(fused_losses, case.name)) & options
     if case.name.endswith(("token_stats", "linear_loss")):
         return taken - loss_fn
-    if case.name.endswith("dpo_loss"):
-        return taken - {"z_loss"}
+    if case.sequences:
+        none = {"z_loss"} if case.name.endswith("dpo_loss") else {"z_loss", "label_smoothing"}
+        return taken - none
     return taken
 
 
@@ -109,7 +111,7 @@ def test_a_number_is_a_number_of_any_library_and_no_tensor(name: str, source: An
             got, expected = (t if isinstance(t, Tensor) else t[0] for t in (got, want))
             assert torch.equal(got, expected)
         wrong: tuple[Any, ...] = (True, "1", [1.0], np.ones(1))
-        if option not in ("value", "num_items", "sft_num_items"):
+        if option not in ("value", "num_items", "sft_num_items", "kl"):
             wrong = (*wrong, torch.tensor(1.0))
         for bad in wrong:
             with pytest.raises(TypeError, match=rf"{option} must be a.*got"):

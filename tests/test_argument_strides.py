@@ -14,6 +14,8 @@ import fused_losses
 
 def _poison(t: Tensor) -> Tensor:
     """Valid where it is read by mistake, and wrong."""
+    if t.dtype == torch.bool:
+        return ~t
     return torch.full_like(t, torch.nan) if t.is_floating_point() else (t.clamp(min=0) + 1) % V
 
 
@@ -67,6 +69,8 @@ def test_the_layout_of_what_is_given_per_token_changes_no_bit(
     lay_out, shapes = LAYOUTS[layout]
     if case.name.endswith("dpo_loss"):  # one pair; its references per sequence are 1-D
         shapes = [(2, 2)]
+    elif case.sequences:
+        shapes = [shape for shape in shapes if len(shape) > 1] or [(2, 2)]
     for shape in shapes:
         tensors = case.tensors(shape, device)
         scores = {"input", "linear_weight", "logits"}
@@ -76,9 +80,9 @@ def test_the_layout_of_what_is_given_per_token_changes_no_bit(
         }
         upstream = None
         if case.name.endswith("token_stats") or case.options.get("reduction") == "none":
-            pairs = case.name.endswith("dpo_loss")
-            upstream = lay_out(torch.rand(shape[:1] if pairs else shape, device=device))
-            upstream = upstream[:1] if pairs else upstream
+            whole = case.name.endswith(("dpo_loss", "kto_loss"))
+            upstream = lay_out(torch.rand(shape[:1] if whole else shape, device=device))
+            upstream = upstream[:1] if case.name.endswith("dpo_loss") else upstream
         got = _run(case, strided, upstream, backend)
         want = _run(case, dense, None if upstream is None else upstream.clone(), backend)
         for a, b in zip(got, want, strict=True):

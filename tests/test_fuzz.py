@@ -21,6 +21,7 @@ from torch import Tensor
 
 import fused_losses
 from fused_losses import TokenStats, reference
+from fused_losses.policy import POLICY_LOSSES
 
 IGNORED = -100
 SEEDS = int(os.environ.get("FUSED_LOSSES_FUZZ_SEEDS", "60"))
@@ -76,8 +77,8 @@ class Case:
 def draw_case(seed: int) -> Case:
     """Draw a call."""
     draw = Draw(seed)
-    kind = draw.rng.choice(["token", "token", "token", "sequence", "dpo", "stats", "own"])
-    case = Case("", draw.labels(), draw.dtype, linear=kind == "own" or draw.maybe(0.7))
+    kind = draw.rng.choice([*_KINDS, "token", "token", "sequence"])
+    case = Case("", draw.labels(), draw.dtype, linear=kind in ("own", "policy") or draw.maybe(0.7))
     ref = draw.normal(draw.B, draw.T) - math.log(draw.V) - 1.0
     ref[case.target == IGNORED] = math.nan
     _draw_transform(draw, case)
@@ -146,6 +147,35 @@ def _draw_dpo(draw: Draw, case: Case, ref: Tensor) -> None:
     _draw_reduction(draw, case)
 
 
+def _draw_kto(draw: Draw, case: Case, ref: Tensor) -> None:
+    case.function = "kto_loss"
+    desirable = torch.rand(draw.B, generator=draw.generator) < 0.5
+    case.args = [draw.rng.choice([ref, ref.nan_to_num(0.0).sum(1)]), desirable]
+    drift = [None, 0.3, draw.normal(3).abs()]
+    case.options |= {"beta": draw.rng.choice([0.1, 1.0]), "kl": draw.rng.choice(drift)}
+    case.options["undesirable_weight"] = draw.rng.choice([1.0, 2.5])
+    _draw_reduction(draw, case)
+
+
+def _draw_policy(draw: Draw, case: Case, ref: Tensor) -> None:
+    case.function = "policy_loss"
+    name = draw.rng.choice(list(POLICY_LOSSES))
+    level = draw.rng.choice([None, *POLICY_LOSSES[name].ratio_levels])
+    case.options |= {"loss_type": name, "ratio_level": level}
+    case.options["max_length"] = 5 if name == "dr_grpo" else None
+    old = draw.rng.choice([None, ref + draw.normal(draw.B, draw.T, scale=0.1)])
+    per_token = draw.maybe(0.3)
+    advantages = draw.normal(draw.B, draw.T) if per_token else draw.normal(draw.B)
+    case.args = [old, advantages, draw.rng.choice([None, ref])]
+    if case.args[2] is not None:
+        case.options["beta"] = 0.1
+    if draw.maybe(0.3):
+        case.options["entropy_weight"] = 0.2
+    if draw.maybe(0.3):
+        case.options["sampler_logps"] = ref + draw.normal(draw.B, draw.T, scale=0.3)
+    _draw_reduction(draw, case)
+
+
 def _draw_stats(draw: Draw, case: Case, ref: Tensor) -> None:
     case.function = "token_stats"
     case.options["entropy"] = draw.maybe(0.5)
@@ -177,6 +207,8 @@ _KINDS = {
     "token": _draw_token,
     "sequence": _draw_sequence,
     "dpo": _draw_dpo,
+    "kto": _draw_kto,
+    "policy": _draw_policy,
     "stats": _draw_stats,
     "own": _draw_own,
 }
@@ -255,7 +287,7 @@ def test_a_random_call_gives_what_the_reference_gives(seed: int, backend: str) -
 def test_the_seeds_reach_every_kind_of_call() -> None:
     cases = [draw_case(seed) for seed in range(60)]
     reached = {(case.function, case.linear) for case in cases}
-    assert len(reached) >= 6
+    assert len(reached) >= 9
     assert {case.options.get("loss") for case in cases} >= set(fused_losses.TOKEN_LOSSES)
     for option in ("softcap", "shift", "token_weight", "segment_ids", "num_items", "z_loss"):
         assert any(case.options.get(option) is not None for case in cases), option

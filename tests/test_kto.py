@@ -267,8 +267,9 @@ def test_what_does_not_fit_is_refused_by_name(
 def test_what_belongs_to_tokens_and_wrong_shapes_are_refused() -> None:
     batch, ref = _head()
     args = (batch.x, batch.w, batch.y, ref, DESIRABLE)
+    refused = {"token_weight": torch.ones(B, T), "z_loss": 0.1, "label_smoothing": 0.1}
     for module in (fused_losses, reference):
-        for name, value in {"token_weight": torch.ones(B, T), "z_loss": 0.1}.items():
+        for name, value in refused.items():
             with pytest.raises(ValueError, match=name):
                 module.linear_kto_loss(*args, **{name: value})
         with pytest.raises(ValueError, match=r"target must be \(..., T\)"):

@@ -465,7 +465,8 @@ def test_what_only_one_of_the_functions_takes_is_refused_by_name() -> None:
     batch, rest = _head()
     with pytest.raises(ValueError, match=r"target must be \(..., T\).*\(1, T\)"):
         fused_losses.linear_policy_loss(batch.x[0], batch.w, batch.y[0], None, torch.ones(()))
-    for name, value in {"token_weight": torch.ones(B, T), "z_loss": 0.1}.items():
+    refused = {"token_weight": torch.ones(B, T), "z_loss": 0.1, "label_smoothing": 0.1}
+    for name, value in refused.items():
         for module in (fused_losses, reference):
             with pytest.raises(ValueError, match=f"{name} is not taken by policy losses"):
                 _linear(module, batch, rest, **{name: value})

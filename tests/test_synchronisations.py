@@ -32,12 +32,15 @@ BOUNDS = {
     "logits hellinger_loss": (0, 0),
     "logits sequence": (0, 0),
     "logits dpo_loss": (0, 0),
+    "logits kto_loss": (0, 0),
     "logits token_stats": (0, 0),
     "linear mle_loss": (1, 0),
     "linear hellinger_loss": (1, 0),
     "linear none": (1, 1),
     "linear sequence": (3, 0),
     "linear dpo_loss": (3, 0),
+    "linear kto_loss": (3, 0),
+    "linear policy_loss": (3, 0),
     "linear units": (1, 0),
     "linear frozen": (1, 0),
     "linear token_stats": (1, 1),
@@ -54,12 +57,13 @@ def calls() -> dict[str, Callable[[], Tensor]]:
     x, w = torch.randn(B, T, D, requires_grad=True), torch.randn(V, D, requires_grad=True)
     y, ref = torch.randint(V, (B, T)), torch.full((B, T), -2.0)
     y[:, 0].fill_(-100)
-    weight = torch.rand(B, T)
+    weight, desirable, advantages = torch.rand(B, T), torch.rand(B) < 0.5, torch.randn(B)
     logits = {
         "mle_loss": partial(fused_losses.mle_loss, z, y, token_weight=weight),
         "hellinger_loss": partial(fused_losses.hellinger_loss, z, y, ref, z_loss=0.1),
         "sequence": partial(fused_losses.pearson_loss, z, y, ref, level="sequence"),
         "dpo_loss": partial(fused_losses.dpo_loss, z, y, ref),
+        "kto_loss": partial(fused_losses.kto_loss, z, y, ref, desirable, kl=ref),
         "token_stats": lambda **o: fused_losses.token_stats(z, y, entropy=True, **o).logps.sum(),
     }
     head = (x, w, y)
@@ -69,6 +73,10 @@ def calls() -> dict[str, Callable[[], Tensor]]:
         "none": partial(fused_losses.linear_hellinger_loss, *head, ref, reduction="none"),
         "sequence": partial(fused_losses.linear_pearson_loss, *head, ref, level="sequence"),
         "dpo_loss": partial(fused_losses.linear_dpo_loss, *head, ref),
+        "kto_loss": partial(fused_losses.linear_kto_loss, *head, ref, desirable, kl=ref),
+        "policy_loss": partial(
+            fused_losses.linear_policy_loss, *head, ref, advantages, ref, entropy_weight=0.1
+        ),
         "units": partial(fused_losses.linear_loss, *head, _sums),
         "frozen": partial(fused_losses.linear_mle_loss, x, w.detach(), y),
         "token_stats": lambda **o: fused_losses.linear_token_stats(*head, **o).logps.sum(),

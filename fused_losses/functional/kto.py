@@ -158,7 +158,8 @@ def _run(
     o: KTOOptions,
     options: Options,
 ) -> Tensor:
-    options.refuse("by KTO, whose losses belong to responses", token_weight=None, z_loss=0.0)
+    reason = "by KTO, whose losses belong to responses"
+    options.refuse(reason, token_weight=None, z_loss=0.0, label_smoothing=0.0)
     tokens = source.tokens(target)
     if len(tokens.shape) < 2:
         raise ValueError(

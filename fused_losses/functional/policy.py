@@ -191,11 +191,11 @@ def _run(
     options: Options,
 ) -> Tensor:
     options.refuse("by policy losses, whose advantages weigh tokens", token_weight=None)
-    options.refuse("by policy losses", z_loss=0.0)
+    options.refuse("by policy losses", z_loss=0.0, label_smoothing=0.0)
     tokens = source.tokens(target)
     batch = _Batch.of(tokens, source.backend, logps, advantages, o)
     warn_of_empty("target", batch.lengths, EMPTY)
-    explores = o.entropy_weight != 0.0
+    explores = bool(o.entropy_weight)
     entropy = explores or statistics_wanted()
     if options.reduction == "none":
         rows = source.statistics(tokens, entropy=entropy, entropy_gradient=explores)

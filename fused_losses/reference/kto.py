@@ -30,6 +30,7 @@ def kto_loss(
     num_items: float | Tensor | None = None,
     token_weight: None = None,
     z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
     **transform: Unpack[Transform],
 ) -> Tensor:
     """KTO of responses judged one by one: per-token differences first, then sums per response.
@@ -48,13 +49,17 @@ def kto_loss(
         num_items: Replaces the number of responses in the mean.
         token_weight: Refused: a response's loss is not a sum over tokens.
         z_loss: Refused, as token_weight.
+        label_smoothing: Refused, as token_weight.
         **transform: See ``token_loss``.
 
     Returns:
         A 0-d tensor, or (...) for ``none``, where a response without counted tokens has 0.
     """
-    if token_weight is not None or z_loss:
-        raise ValueError("kto_loss takes no token_weight or z_loss: its losses belong to responses")
+    if token_weight is not None or z_loss or label_smoothing:
+        raise ValueError(
+            "kto_loss takes no token_weight, z_loss or label_smoothing: its losses belong to "
+            "responses"
+        )
     shape = target.shape[:-1]
     if target.dim() < 2:
         raise ValueError(f"target must be (..., T), one response a row, got {tuple(target.shape)}")

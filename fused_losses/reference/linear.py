@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_losses.arguments import check_flag, expand_units
+from fused_losses.arguments import check_flag, check_number, expand_units
 from fused_losses.policy import policy_loss
 from fused_losses.reference import kto, losses, pairs
 from fused_losses.reference import stats as statistics
@@ -109,14 +109,13 @@ def linear_policy_loss(
     Returns:
         As ``policy_loss``.
     """
-    for name, neutral in (("token_weight", None), ("z_loss", 0.0)):
+    for name, neutral in (("token_weight", None), ("z_loss", 0.0), ("label_smoothing", 0.0)):
         if options.pop(name, neutral) != neutral:
             raise ValueError(f"{name} is not taken by policy losses")
     names = inspect.signature(policy_loss).parameters
     policy = {name: options.pop(name) for name in list(options) if name in names}
-    stats = linear_token_stats(
-        input, linear_weight, target, entropy=bool(entropy_weight), **options
-    )
+    entropy = bool(check_number("entropy_weight", entropy_weight))
+    stats = linear_token_stats(input, linear_weight, target, entropy=entropy, **options)
     ignore_index, shift = options.get("ignore_index", -100), options.get("shift", False)
     mask = torch.zeros(target.numel(), dtype=torch.bool, device=target.device)
     mask[counted_rows(target, ignore_index, shift)] = True

@@ -1,6 +1,6 @@
 """What a plan of the linear path costs: FLOPs of its products, and bytes that it moves.
 
-With N tokens in b blocks and a vocabulary of V in k ranges, c, l and a the bytes of an operand, of
+With N tokens in b chunks and a vocabulary of V in k ranges, c, l and a the bytes of an operand, of
 a logit and of an accumulator, x = NDc and w = VDc the bytes of hidden states and head:
 
     logits        2NDV FLOPs    read k x and b w, write NVl
@@ -11,7 +11,7 @@ a logit and of an accumulator, x = NDc and w = VDc the bytes of hidden states an
                                 rounding more if c < a
 
 Recomputation makes the logits twice. A byte counts as many FLOPs as the machine does in the time
-of moving it: the route and the sizes of blocks and ranges are those of the smallest sum.
+of moving it: the route and the sizes of chunks and ranges are those of the smallest sum.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _FLOPS_PER_BYTE = {2: 180.0, 4: 12.0, 8: 6.0}
 
 
 class Step(Enum):
-    """What runs for a block of tokens and a range of columns; the values are the words for it."""
+    """What runs for a chunk of tokens and a range of columns; the values are the words for it."""
 
     LOGITS = "z = X W'"
     ROW_PASS = "row pass"
@@ -74,6 +74,8 @@ class LinearShape:
     smoothing: bool = False
     entropy: bool = False
     entropy_gradient: bool = False
+    input_dtype: torch.dtype | None = None  # None: as compute_dtype
+    all_rows: bool = False  # no label is ignored, so hidden states are read where they lie
 
     @property
     def need_gradient(self) -> bool:
@@ -115,12 +117,12 @@ class LinearShape:
 
     @property
     def accumulator_bytes(self) -> int:
-        """Bytes of a number that is summed over blocks or ranges."""
+        """Bytes of a number that is summed over chunks or ranges."""
         return max(self.compute_dtype.itemsize, 4)
 
 
 def steps_of(route: Route, shape: LinearShape) -> tuple[Step, ...]:
-    """Return what runs for each block and range, in order."""
+    """Return what runs for each chunk and range, in order."""
     if route == "forward":
         return (Step.LOGITS, Step.ROW_PASS)
     if route == "frozen":
@@ -143,30 +145,30 @@ def flops(route: Route, tokens: int, shape: LinearShape) -> int:
     return 2 * products * tokens * shape.hidden * shape.vocabulary
 
 
-def bytes_moved(route: Route, tokens: int, shape: LinearShape, blocks: int, ranges: int) -> int:
+def bytes_moved(route: Route, tokens: int, shape: LinearShape, chunks: int, ranges: int) -> int:
     """Bytes that products and row passes read and write, by the table of the module."""
-    return sum(_step_bytes(step, tokens, shape, blocks, ranges) for step in steps_of(route, shape))
+    return sum(_step_bytes(step, tokens, shape, chunks, ranges) for step in steps_of(route, shape))
 
 
-def _step_bytes(step: Step, tokens: int, shape: LinearShape, blocks: int, ranges: int) -> int:
+def _step_bytes(step: Step, tokens: int, shape: LinearShape, chunks: int, ranges: int) -> int:
     c, a = shape.compute_dtype.itemsize, shape.accumulator_bytes
     x, w = tokens * shape.hidden, shape.vocabulary * shape.hidden
     z = tokens * shape.vocabulary
     logits, gradient = z * shape.logits_dtype.itemsize, z * c
     if step is Step.LOGITS:
-        return ranges * x * c + blocks * w * c + logits
+        return ranges * x * c + chunks * w * c + logits
     if step in (Step.DX, Step.DX_OF_EXPONENTIALS):
-        return gradient + blocks * w * c + (2 * ranges - 1) * x * (a if ranges > 1 else c)
+        return gradient + chunks * w * c + (2 * ranges - 1) * x * (a if ranges > 1 else c)
     if step is Step.DW:
-        summed = (2 * blocks - 1) * w * (a if blocks > 1 else c)
-        rounded = w * (a + c) if blocks > 1 and a > c else 0
+        summed = (2 * chunks - 1) * w * (a if chunks > 1 else c)
+        rounded = w * (a + c) if chunks > 1 and a > c else 0
         return gradient + ranges * x * c + summed + rounded
     if step is Step.LOSS_FUNCTION:
         return 0
     return logits + (gradient if step.writes else 0)
 
 
-def cost(route: Route, tokens: int, shape: LinearShape, blocks: int, ranges: int) -> float:
+def cost(route: Route, tokens: int, shape: LinearShape, chunks: int, ranges: int) -> float:
     """Everything in FLOPs."""
-    moved = bytes_moved(route, tokens, shape, blocks, ranges)
+    moved = bytes_moved(route, tokens, shape, chunks, ranges)
     return flops(route, tokens, shape) + moved * _FLOPS_PER_BYTE[shape.compute_dtype.itemsize]

@@ -1,4 +1,4 @@
-"""How a call will run: route, blocks, FLOPs and bytes, decided before anything is computed.
+"""How a call will run: route, chunks, FLOPs and bytes, decided before anything is computed.
 
 Pure functions of shapes, dtypes, who needs a gradient and the byte budget. One product over the
 head is 2 N D V FLOPs, N the labels that are not ignored. The routes of the linear path:
@@ -19,16 +19,14 @@ making the logits twice is cheaper than many chunks, each of which reads the hea
 from __future__ import annotations
 
 import functools
-import os
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
-
-import torch
+from dataclasses import dataclass, replace
 
 from fused_losses.backends.base import BLOCK_BYTES
+from fused_losses.chunk_bytes import tile_bytes
 from fused_losses.cost import LinearShape, Route, Step, bytes_moved, cost, flops, steps_of
 
 __all__ = [
@@ -41,13 +39,8 @@ __all__ = [
     "plan_logits",
     "plan_units",
     "routes_for",
-    "workspace_budget",
 ]
 
-ENVIRONMENT_VARIABLE = "FUSED_LOSSES_WORKSPACE_BYTES"
-DEFAULT_CPU_BYTES = 256 * 2**20
-
-_DEFAULT_BYTES_GPU = 2**30
 # Rows and columns of tiles: what matrix units and 16-byte accesses like.
 _MULTIPLE = 128
 # Narrower ranges of the vocabulary are not worth a launch.
@@ -68,7 +61,9 @@ class Plan:
         columns: Columns of the vocabulary per product, in order; (V,) for whole rows.
         flops: GEMM FLOPs of forward and backward together.
         bytes_moved: Bytes that products and row passes read and write, as the cost model has them.
-        workspace_bytes: Bytes of a chunk's logits, their gradient and row-pass scratch.
+        cost: All of it in FLOPs; what decides between plans.
+        workspace_bytes: Bytes that a chunk holds: logits, their gradient, row-pass scratch, and its
+            rows' copies of hidden states and results.
         budget_bytes: The budget that the chunks were fitted to.
         steps: What runs per chunk and range of columns, in order.
     """
@@ -82,6 +77,7 @@ class Plan:
     columns: tuple[int, ...]
     flops: int
     bytes_moved: int
+    cost: float
     workspace_bytes: int
     budget_bytes: int
     steps: tuple[Step, ...]
@@ -113,28 +109,6 @@ class Plan:
             f"{sizes}{gemms}, workspace {self.workspace_bytes / 2**20:.1f} MiB; "
             + " > ".join(self.kernels)
         )
-
-
-def workspace_budget(workspace_bytes: int | None, device: torch.device) -> int:
-    """Return the byte budget: the argument, else the environment's, else the device's default.
-
-    Raises:
-        ValueError: The budget is not a positive integer.
-    """
-    source = "workspace_bytes"
-    if workspace_bytes is None:
-        text = os.environ.get(ENVIRONMENT_VARIABLE)
-        if text is None:
-            return DEFAULT_CPU_BYTES if device.type == "cpu" else _DEFAULT_BYTES_GPU
-        source = ENVIRONMENT_VARIABLE
-        if not text.strip().isdecimal():
-            raise ValueError(f"{source} must be a positive integer (bytes), got {text!r}")
-        workspace_bytes = int(text)
-    if isinstance(workspace_bytes, bool) or not isinstance(workspace_bytes, int):
-        raise TypeError(f"{source} must be an int (bytes), got {type(workspace_bytes).__name__}")
-    if workspace_bytes <= 0:
-        raise ValueError(f"{source} must be a positive integer (bytes), got {workspace_bytes}")
-    return workspace_bytes
 
 
 def routes_for(shape: LinearShape, *, known: bool) -> tuple[Route, ...]:
@@ -171,9 +145,8 @@ def plan_linear(routes: Sequence[Route], tokens: int, shape: LinearShape, budget
     if len(routes) > 1 and _forced.get() in routes:
         routes = [route for route in routes if route == _forced.get()]
     check_budget(routes, shape, budget)
-    found = [_cheapest(route, tokens, shape, budget) for route in routes]
-    plans = [plan for plan in found if plan is not None]
-    return min(plans, key=lambda plan: _cost_of(plan, shape))
+    plans = [_cheapest(route, tokens, shape, budget) for route in routes]
+    return min([plan for plan in plans if plan is not None], key=_cost)
 
 
 def check_budget(routes: Sequence[Route], shape: LinearShape, budget: int) -> None:
@@ -182,6 +155,8 @@ def check_budget(routes: Sequence[Route], shape: LinearShape, budget: int) -> No
     Raises:
         ValueError: None can; the message names the least budget that works.
     """
+    # Whatever labels a batch has: what works for one works for the next.
+    shape = replace(shape, all_rows=False)
     least = min([_least_bytes(route, shape) for route in routes])
     if budget < least:
         raise ValueError(
@@ -207,7 +182,7 @@ def plan_units(sizes: Sequence[int], shape: LinearShape, budget: int) -> Plan | 
             chunks.append(size)
     plan = _plan("unit", sum(sizes), shape, budget, tuple(chunks), (V,))
     other = None if _forced.get() == "unit" else _cheapest("recompute", sum(sizes), shape, budget)
-    return plan if other is None or _cost_of(plan, shape) <= _cost_of(other, shape) else None
+    return plan if other is None or plan.cost <= other.cost else None
 
 
 def plan_logits(tokens: int, vocabulary: int, backend: str, *, need_gradient: bool) -> Plan:
@@ -224,6 +199,7 @@ def plan_logits(tokens: int, vocabulary: int, backend: str, *, need_gradient: bo
         columns=(vocabulary,),
         flops=0,
         bytes_moved=0,
+        cost=0.0,
         workspace_bytes=scratch,
         budget_bytes=scratch,
         steps=steps,
@@ -238,23 +214,23 @@ def _cheapest(route: Route, tokens: int, shape: LinearShape, budget: int) -> Pla
         return None
     if not tokens:
         return _plan(route, 0, shape, budget, (), (V,))
-    if shape.takes_whole_rows(route) or _tile_bytes(tokens, V, route, shape) <= budget:
+    if shape.takes_whole_rows(route) or tile_bytes(tokens, V, route, shape) <= budget:
         chunks = _evenly(tokens, _most_rows(tokens, V, route, shape, budget))
         return _plan(route, tokens, shape, budget, chunks, (V,))
     plans = []
-    blocks = 1
-    while blocks < 2 * tokens:
-        rows = -(-tokens // min(blocks, tokens))
+    parts = 1
+    while parts < 2 * tokens:
+        rows = -(-tokens // min(parts, tokens))
         most = _most_columns(rows, route, shape, budget)
         if most >= _least_columns(route, shape):
             chunks, columns = _evenly(tokens, rows), _evenly(V, most)
             plans.append(_plan(route, tokens, shape, budget, chunks, columns))
-        blocks *= 2
-    return min(plans, key=lambda plan: _cost_of(plan, shape))
+        parts *= 2
+    return min(plans, key=_cost)
 
 
-def _cost_of(plan: Plan, shape: LinearShape) -> float:
-    return cost(plan.route, plan.tokens, shape, len(plan.chunks), len(plan.columns))
+def _cost(plan: Plan) -> float:
+    return plan.cost
 
 
 def _plan(
@@ -275,7 +251,8 @@ def _plan(
         columns=columns,
         flops=flops(route, tokens, shape),
         bytes_moved=bytes_moved(route, tokens, shape, len(chunks), len(columns)),
-        workspace_bytes=_tile_bytes(max(chunks, default=0), max(columns), route, shape),
+        cost=cost(route, tokens, shape, len(chunks), len(columns)),
+        workspace_bytes=tile_bytes(max(chunks, default=0), max(columns), route, shape),
         budget_bytes=budget,
         steps=steps_of(route, shape),
     )
@@ -296,38 +273,16 @@ def _least_columns(route: Route, shape: LinearShape) -> int:
 
 
 def _least_bytes(route: Route, shape: LinearShape) -> int:
-    return _tile_bytes(1, _least_columns(route, shape), route, shape)
+    return tile_bytes(1, _least_columns(route, shape), route, shape)
 
 
 def _most_rows(tokens: int, columns: int, route: Route, shape: LinearShape, budget: int) -> int:
     """Most rows of so many columns that fit the budget, up to ``tokens``."""
     sizes = range(1, tokens + 1)
-    return bisect_right(sizes, budget, key=lambda rows: _tile_bytes(rows, columns, route, shape))
+    return bisect_right(sizes, budget, key=lambda rows: tile_bytes(rows, columns, route, shape))
 
 
 def _most_columns(rows: int, route: Route, shape: LinearShape, budget: int) -> int:
     """Most columns of so many rows that fit the budget, up to all."""
     sizes = range(1, shape.vocabulary + 1)
-    return bisect_right(sizes, budget, key=lambda columns: _tile_bytes(rows, columns, route, shape))
-
-
-def _tile_bytes(rows: int, columns: int, route: Route, shape: LinearShape) -> int:
-    """Bytes of a tile's logits, of their gradient where it is not in place, and of scratch."""
-    tile, scratch = _element_bytes(route, shape)
-    # The torch backend passes over blocks of rows; a single row may be larger than a block.
-    block = max(columns, BLOCK_BYTES // max(shape.logits_dtype.itemsize, 4))
-    return rows * columns * tile + min(rows * columns, block) * scratch
-
-
-def _element_bytes(route: Route, shape: LinearShape) -> tuple[int, int]:
-    """Bytes per logit of a tile, and per logit of the row pass's scratch."""
-    separate_gradient = route != "forward" and shape.logits_dtype != shape.compute_dtype
-    tile = shape.logits_dtype.itemsize + separate_gradient * shape.compute_dtype.itemsize
-    if shape.backend != "torch":
-        return tile, 0
-    # A pass that must leave the logits as they are, or whose maths are wider, works on a copy.
-    keeps_logits = route == "unit" and not shape.exponentials
-    narrow = shape.compute_dtype if route == "recompute" else shape.logits_dtype
-    copies = int(keeps_logits or narrow.itemsize < 4)
-    copies += (shape.softcap and route != "forward") + shape.entropy
-    return tile, max(shape.logits_dtype.itemsize, 4) * copies
+    return bisect_right(sizes, budget, key=lambda columns: tile_bytes(rows, columns, route, shape))

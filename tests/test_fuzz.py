@@ -225,8 +225,9 @@ def _draw_inputs(draw: Draw, case: Case) -> None:
     if draw.maybe(0.4):
         head["linear_bias"] = draw.normal(draw.V)
     (case.constants if draw.maybe(0.3) else case.leaves).update(head)
-    # None, or about four rows; less than that may not hold a row with its scratch.
-    case.fused["workspace_bytes"] = draw.rng.choice([None, draw.V * 8 * 4 + 64])
+    # None, or two rows or more with all that is theirs: logits, scratch, hidden states, results.
+    two_rows = 2 * (draw.V * 8 * 4 + draw.D * 8 * 4 + 400)
+    case.fused["workspace_bytes"] = draw.rng.choice([None, two_rows])
 
 
 def run(case: Case, module: Any, **fused: Any) -> tuple[list[Tensor], list[Tensor]]:

@@ -211,7 +211,8 @@ def test_a_trained_head_costs_six_where_weights_are_known_in_time(case: Case) ->
 
 @each([TOKEN_LOSSES[0], TOKEN_LOSSES[2], *UNIT_LOSSES[:1]])
 def test_chunks_change_nothing_of_the_cost(case: Case) -> None:
-    _check(case, BATCH.leaves(), 6.0, workspace_bytes=SMALL)
+    # Less, and it is cheaper to make the logits twice than to add to dW so often.
+    _check(case, BATCH.leaves(), 6.0, workspace_bytes=SMALL * 5 // 4)
     _check(case, BATCH.leaves(w=False), 4.0, workspace_bytes=SMALL)
 
 

@@ -22,7 +22,7 @@ LOGITS = BATCH.x @ BATCH.w.T + BATCH.bias
 TOKEN = ["mle_loss", "pearson_loss", "hellinger_loss", "token_loss"]
 NAMES = [*TOKEN, "dpo_loss", *(f"linear_{name}" for name in (*TOKEN, "dpo_loss"))]
 # A few rows a chunk; a pair of 14 tokens still fits, beside the scratch that entropy takes.
-BUDGET = 14 * V * 12
+BUDGET = 14 * (V * 12 + 2 * D * 4 + 5 * 10 * 4)
 
 
 def _arguments(name: str, leaves: Any, logits: Tensor) -> list[Any]:

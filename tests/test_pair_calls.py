@@ -24,7 +24,8 @@ from fused_losses.preference import PAIR_LOSSES
 
 B, T, D, V = 6, 9, 16, 83
 # In float64: a pair fits, the batch of 36 tokens does not.
-FEW_ROWS = 24 * V * 8
+# Logits and their scratch, two hidden states, five times the results.
+FEW_ROWS = 24 * (V * 8 + 2 * D * 4 + 5 * 10 * 4)
 each_loss = pytest.mark.parametrize("loss_type", list(PAIR_LOSSES))
 
 

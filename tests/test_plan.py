@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fused_losses.chunk_bytes import workspace_budget
 from fused_losses.cost import bytes_moved, cost, flops
 from fused_losses.plan import (
     LinearShape,
@@ -19,7 +20,6 @@ from fused_losses.plan import (
     plan_logits,
     plan_units,
     routes_for,
-    workspace_budget,
 )
 
 SHAPE = LinearShape(64, 1000, torch.float32, torch.float32, "torch", True, True)
@@ -34,6 +34,8 @@ DTYPES = st.sampled_from(
     ]
 )
 CPU = torch.device("cpu")
+# Of SHAPE, a row's logits, and what else it has: two hidden states and five times its results.
+ROW = 1000 * 4 + 2 * 64 * 4 + 5 * 10 * 4
 
 
 @st.composite
@@ -96,10 +98,10 @@ def test_the_least_budget_that_an_error_names_works_and_one_byte_less_does_not(
 
 
 def test_chunks_are_multiples_of_128_where_that_fits() -> None:
-    plan = plan_linear(["token"], 1000, SHAPE, 400 * 1000 * 4)
+    plan = plan_linear(["token"], 1000, SHAPE, 400 * ROW)
     assert plan.chunks == (384, 384, 232)
     # 334 rows a chunk is even; rounded up to 384 they no longer fit.
-    plan = plan_linear(["token"], 1000, SHAPE, 340 * 1000 * 4)
+    plan = plan_linear(["token"], 1000, SHAPE, 340 * ROW)
     assert plan.chunks == (334, 334, 332)
 
 
@@ -124,7 +126,7 @@ def test_few_tokens_take_ranges_and_many_take_blocks_as_well() -> None:
 def test_units_stay_whole_and_in_order(sizes: list[int], rows: int) -> None:
     shape = replace(SHAPE, backend="triton")
     with forced_route("unit"):
-        plan = plan_units(sizes, shape, rows * 1000 * 4)
+        plan = plan_units(sizes, shape, rows * ROW)
     assert plan is not None
     assert sum(plan.chunks) == plan.tokens == sum(sizes)
     assert max(plan.chunks, default=0) <= rows
@@ -139,7 +141,7 @@ def test_units_stay_whole_and_in_order(sizes: list[int], rows: int) -> None:
 def test_a_unit_that_does_not_fit_makes_no_plan(sizes: list[int], rows: int) -> None:
     shape = replace(SHAPE, backend="triton")
     with forced_route("unit"):
-        plan = plan_units(sizes, shape, rows * 1000 * 4)
+        plan = plan_units(sizes, shape, rows * ROW)
     assert (plan is None) == (max(sizes) > rows)
 
 
@@ -257,7 +259,7 @@ def test_what_needs_more_scratch_gets_smaller_chunks() -> None:
 
 
 def test_a_plan_reads_as_one_line() -> None:
-    text = str(plan_linear(["token"], 1000, SHAPE, 400 * 1000 * 4))
+    text = str(plan_linear(["token"], 1000, SHAPE, 400 * ROW))
     assert "\n" not in text
     for part in ("token route on torch", "1000 tokens x 1000", "3 chunk(s)", "384", "6.0 NDV"):
         assert part in text

@@ -84,7 +84,7 @@ class Call:
             raise ValueError("this call is on logits, it has no head")
         return self.head
 
-    def shape(self, weight: Tensor, needs: Needs | None = None) -> LinearShape:
+    def shape(self, input: Tensor, weight: Tensor, needs: Needs | None = None) -> LinearShape:
         """Describe the call to the planner; ``needs``: instead of the call's own."""
         o, head = self.objective, self.linear
         need_dx, need_dw, need_db = head.needs if needs is None else needs
@@ -101,6 +101,7 @@ class Call:
             smoothing=o is not None and o.label_smoothing != 0.0,
             entropy=self.entropy,
             entropy_gradient=head.entropy_gradient,
+            input_dtype=input.dtype,
         )
 
     def encode(self) -> tuple[str, Tensor | None]:

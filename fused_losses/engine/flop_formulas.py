@@ -7,6 +7,7 @@ all labels.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -36,9 +37,10 @@ def _counted(y: Tensor, call: Call) -> int:
 @register_flop_formula(_sum, get_raw=True)
 def _sum_flops(x: Tensor, w: Tensor, bias: Any, y: Tensor, *given: Any, out_val: Any = None) -> int:
     call = decode(given[-1], None)
-    shape = call.shape(w)
+    counted = _counted(y, call)
+    shape = replace(call.shape(x, w), all_rows=counted == y.numel())
     routes = routes_for(shape, known=True)
-    return plan_linear(routes, _counted(y, call), shape, call.linear.budget).flops
+    return plan_linear(routes, counted, shape, call.linear.budget).flops
 
 
 @register_flop_formula(_rows, get_raw=True)
@@ -46,7 +48,7 @@ def _rows_flops(
     x: Tensor, w: Tensor, bias: Any, y: Tensor, *given: Any, out_val: Any = None
 ) -> int:
     call = decode(given[-1], None)
-    return 2 * _counted(y, call) * w.numel() * (1 + keeps_hidden_gradient(call, w))
+    return 2 * _counted(y, call) * w.numel() * (1 + keeps_hidden_gradient(call, x, w))
 
 
 @register_flop_formula(_rows_gradient, get_raw=True)

@@ -120,13 +120,22 @@ def _product(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool = False) -> 
 
 def _product_in_blocks(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
     """The same where no mixed-precision product exists, upcasting the vocabulary in blocks."""
+    summed, wide = a.shape[1], out.dtype
+    if summed > max(out.shape):  # the vocabulary is what is summed over
+        if not accumulate:
+            out.zero_()
+        size = max(1, _BLOCK_BYTES // (sum(out.shape) * wide.itemsize))
+        for start in range(0, summed, size):
+            block = slice(start, start + size)
+            torch.addmm(out, a[:, block].to(wide), b[block].to(wide), out=out)
+        return
     if out.shape[0] > out.shape[1]:  # the vocabulary runs along the rows
         a, b, out = b.t(), a.t(), out.t()
-    a = a.to(out.dtype)
-    columns = max(1, _BLOCK_BYTES // (b.shape[0] * out.dtype.itemsize))
+    a = a.to(wide)
+    columns = max(1, _BLOCK_BYTES // (summed * wide.itemsize))
     for start in range(0, b.shape[1], columns):
         block = slice(start, start + columns)
         if accumulate:
-            torch.addmm(out[:, block], a, b[:, block].to(out.dtype), out=out[:, block])
+            torch.addmm(out[:, block], a, b[:, block].to(wide), out=out[:, block])
         else:
-            torch.mm(a, b[:, block].to(out.dtype), out=out[:, block])
+            torch.mm(a, b[:, block].to(wide), out=out[:, block])

@@ -16,7 +16,7 @@ from fused_losses.engine.gradients import fake_gradients, or_empty
 from fused_losses.engine.once import refuse_second_derivative
 from fused_losses.engine.planned import PlannedCall
 from fused_losses.engine.ranges import hidden_gradient, recompute, seen_chunks
-from fused_losses.engine.rows import coefficients, lines, new_rows
+from fused_losses.engine.rows import Coefficients, coefficients, lines, new_rows
 from fused_losses.plan import routes_for
 
 
@@ -37,7 +37,7 @@ def linear_rows(
     lse, entropy) are. With a frozen head backward scales what is kept.
     """
     call = decode(encoded, changing)
-    keep = keeps_hidden_gradient(call, w)
+    keep = keeps_hidden_gradient(call, x, w)
     needs = Needs(keep, False, False)
     planned = PlannedCall.of(x, w, bias, y, call, ["frozen" if keep else "forward"], needs)
     kept = planned.rows.new_empty(0)
@@ -53,16 +53,16 @@ def linear_rows(
     return planned.rows[lines.LOSS].clone(), planned.rows, kept
 
 
-def keeps_hidden_gradient(call: Call, w: Tensor) -> bool:
+def keeps_hidden_gradient(call: Call, x: Tensor, w: Tensor) -> bool:
     """Whether the head is frozen, so that forward keeps d logp / d x for backward."""
-    return routes_for(call.shape(w), known=False) == ("frozen",)
+    return routes_for(call.shape(x, w), known=False) == ("frozen",)
 
 
 @linear_rows.register_fake
 def _(x, w, bias, y, ref, value, changing, encoded):
     call = decode(encoded, None)
     rows = new_rows(y, call.linear.logits_dtype)
-    kept = rows.new_empty(x.shape if keeps_hidden_gradient(call, w) else (0,))
+    kept = rows.new_empty(x.shape if keeps_hidden_gradient(call, x, w) else (0,))
     return rows.new_empty(y.shape), rows, kept
 
 
@@ -85,13 +85,27 @@ def linear_rows_gradient(
     dx = dw = db = None
     with torch.autocast(x.device.type, enabled=False):
         if kept_dx.numel():
-            counted = c.map(lambda t: torch.where(y == call.ignore_index, 0.0, t))
-            # A kept graph may ask again.
-            dx = hidden_gradient(kept_dx.clone(), y, rows, counted, w, call.maths).to(x.dtype)
+            dx = _scaled(kept_dx, x, y, rows, c, w, call)
         elif any(call.linear.needs):
             dx, dw, db = _recomputed(x, w, bias, y, rows, c, call)
     dx, dw, db = (or_empty(t, rows) for t in (dx, dw, db))
     return dx, dw, db, dvalue
+
+
+def _scaled(
+    kept_dx: Tensor, x: Tensor, y: Tensor, rows: Tensor, c: Coefficients, w: Tensor, call: Call
+) -> Tensor:
+    """Return dx from what forward kept, as many rows at a time as fit the budget."""
+    counted = c.map(lambda t: torch.where(y == call.ignore_index, 0.0, t))
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+    # A copy, since a kept graph may ask again; the targets' rows of the head, maybe upcast.
+    per_row = 3 * kept_dx.itemsize * x.shape[1]
+    size = max(1, call.linear.budget // per_row)
+    for start in range(0, len(y), size):
+        at = slice(start, start + size)
+        kept = kept_dx[at].clone()
+        dx[at] = hidden_gradient(kept, y[at], rows[:, at], counted.at(at), w, call.maths)
+    return dx
 
 
 def _recomputed(
@@ -100,7 +114,7 @@ def _recomputed(
     bias: Tensor | None,
     y: Tensor,
     rows: Tensor,
-    c: Any,
+    c: Coefficients,
     call: Call,
 ) -> tuple[Tensor | None, ...]:
     planned = PlannedCall.of(x, w, bias, y, call, ["recompute"])

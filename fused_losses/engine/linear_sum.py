@@ -40,7 +40,7 @@ def linear_loss_sum(
     ``x`` (N, D), ``w`` (V, D), ``y`` (N,), ``factor`` 0-d. Only the sum is differentiable.
     """
     call = decode(encoded, changing)
-    planned = PlannedCall.of(x, w, bias, y, call, routes_for(call.shape(w), known=True))
+    planned = PlannedCall.of(x, w, bias, y, call, routes_for(call.shape(x, w), known=True))
     rows = planned.rows
     weight = _row_weight(token_weight, factor, y, rows.dtype)
     in_row = weight

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -81,7 +82,8 @@ class PlannedCall:
         """Plan a call over the labels that count, by the cheapest of some routes."""
         positions = counted_positions(y, call.ignore_index)
         tokens = y.numel() if positions is None else positions.numel()
-        plan = plan_linear(routes, tokens, call.shape(weight, needs), call.linear.budget)
+        shape = replace(call.shape(x, weight, needs), all_rows=positions is None)
+        plan = plan_linear(routes, tokens, shape, call.linear.budget)
         return PlannedCall(x, weight, bias, y, positions, call, plan)
 
     def places(self) -> Iterator[Place]:

@@ -17,6 +17,7 @@ from fused_losses.backends import RowMaths, lines
 from fused_losses.engine.gradients import GradientSums
 from fused_losses.engine.planned import Place, PlannedCall
 from fused_losses.engine.rows import Coefficients, new_rows
+from fused_losses.engine.workspace import Tile
 
 
 class SeenChunk:
@@ -26,7 +27,7 @@ class SeenChunk:
         at: Where its tokens are among the rows of the call.
         y: (R,) labels.
         rows: (LINES, R) row results.
-        kept: (R, D) -d logp / d x, fp32 at least, or None.
+        kept: (R, D) -d logp / d x, fp32 at least, or None; the next chunk uses its memory.
     """
 
     def __init__(self, at: Place, y: Tensor, rows: Tensor, kept: Tensor | None) -> None:
@@ -47,13 +48,13 @@ def seen_chunks(
     """
     call, head = planned.call, planned.head
     with planned.workspace() as tile:
+        wide = torch.promote_types(head.compute_dtype, torch.float32)
+        size = (max(planned.plan.chunks, default=0), planned.x.shape[1])
+        sums = planned.x.new_empty(size, dtype=wide) if keep else None
         for at in planned.places():
             y, x = planned.labels_and_hidden(at)
             rows = new_rows(y, head.logits_dtype)
-            kept = None
-            if keep:
-                wide = torch.promote_types(head.compute_dtype, torch.float32)
-                kept = x.new_empty(x.shape, dtype=wide)
+            kept = None if sums is None else sums[: len(y)]
             for columns in planned.columns():
                 z, e = tile(len(y), columns.stop - columns.start)
                 head.logits(x, z, columns)
@@ -144,30 +145,35 @@ def hidden_gradient(
 
 def recompute(planned: PlannedCall, rows: Tensor, c: Coefficients) -> GradientSums:
     """Make the logits again and sum the gradients, from row results (LINES, N) and coefficients."""
-    call, head = planned.call, planned.head
     sums = GradientSums(planned)
     with planned.workspace() as tile:
         for at in planned.places():
-            y, x = planned.labels_and_hidden(at)
-            dx = sums.dx_of(at, x)
-            of_chunk, c_of_chunk = rows[:, at].contiguous(), c.at(at)
-            for columns in planned.columns():
-                z, dz = tile(len(y), columns.stop - columns.start)
-                head.logits(x, z, columns)
-                planned.backend.row_gradient(
-                    z,
-                    y,
-                    of_chunk,
-                    c_of_chunk,
-                    maths=call.maths,
-                    ignore_index=call.ignore_index,
-                    dz=dz,
-                    first_column=columns.start,
-                    vocabulary=head.vocabulary,
-                )
-                if dx is not None:
-                    head.dx(dz, dx, columns, accumulate=columns.start > 0)
-                sums.add_head(dz, x, columns=columns)
-            if dx is not None:
-                sums.put_dx(at, dx)
+            _recompute_chunk(planned, tile, at, rows[:, at].contiguous(), c.at(at), sums)
     return sums
+
+
+def _recompute_chunk(
+    planned: PlannedCall, tile: Tile, at: Place, rows: Tensor, c: Coefficients, sums: GradientSums
+) -> None:
+    call, head = planned.call, planned.head
+    y, x = planned.labels_and_hidden(at)
+    dx = sums.dx_of(at, x)
+    for columns in planned.columns():
+        z, dz = tile(len(y), columns.stop - columns.start)
+        head.logits(x, z, columns)
+        planned.backend.row_gradient(
+            z,
+            y,
+            rows,
+            c,
+            maths=call.maths,
+            ignore_index=call.ignore_index,
+            dz=dz,
+            first_column=columns.start,
+            vocabulary=head.vocabulary,
+        )
+        if dx is not None:
+            head.dx(dz, dx, columns, accumulate=columns.start > 0)
+        sums.add_head(dz, x, columns=columns)
+    if dx is not None:
+        sums.put_dx(at, dx)

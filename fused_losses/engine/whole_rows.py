@@ -126,10 +126,15 @@ def chunks_of(planned: PlannedCall) -> Iterator[Chunk]:
 
 def add_chunk(sums: GradientSums, chunk: Chunk) -> None:
     """Add what a chunk's ``scale * dz`` contributes."""
+    _add_dx(sums, chunk)
+    sums.add_head(chunk.dz, chunk.x, chunk.scale)
+
+
+def _add_dx(sums: GradientSums, chunk: Chunk) -> None:
+    # On its own, so that its memory is free for what the head's gradient takes.
     dx = sums.dx_of(chunk.at, chunk.x)
     if dx is not None:
         sums.head.dx(chunk.dz, dx)
         if chunk.scale is not None:
             dx.mul_(chunk.scale[:, None])
         sums.put_dx(chunk.at, dx)
-    sums.add_head(chunk.dz, chunk.x, chunk.scale)

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from fused_losses.plan import DEFAULT_CPU_BYTES
+from fused_losses.chunk_bytes import DEFAULT_CPU_BYTES
 
 Tile = Callable[[int, int], tuple[Tensor, Tensor]]
 

@@ -12,6 +12,7 @@ from torch import Tensor
 import fused_losses.engine.flop_formulas  # noqa: F401  (registers them)
 from fused_losses.arguments import refuse_unserved
 from fused_losses.backends import Objective, resolve_backend
+from fused_losses.chunk_bytes import workspace_budget
 from fused_losses.engine.call import Call, HeadOptions, Needs
 from fused_losses.engine.linear_rows import linear_rows
 from fused_losses.engine.linear_sum import linear_loss_sum
@@ -28,7 +29,6 @@ from fused_losses.plan import (
     plan_linear,
     plan_units,
     routes_for,
-    workspace_budget,
 )
 
 
@@ -153,7 +153,7 @@ class LinearSource:
         or the only way, whole units need not be in one chunk: ``loss_fn`` is called once on all.
         """
         call = self._call(None, entropy=entropy, entropy_gradient=entropy_gradient)
-        shape = call.shape(self.weight)
+        shape = call.shape(self.input, self.weight)
         if not lays_out_units(tokens):
             _, rows = self._rows(tokens, call, None, None)
             return loss_fn(stats_of(rows, entropy=entropy), None), rows
@@ -187,7 +187,7 @@ class LinearSource:
         self, tokens: Tokens, call: Call, ref: Tensor | None, value: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         self._explain(tokens, call, known=False)
-        shape = call.shape(self.weight)
+        shape = call.shape(self.input, self.weight)
         # Backward must not be the first to object.
         check_budget(routes_for(shape, known=False), shape, self.head.budget)
         encoded, changing = call.encode()
@@ -197,9 +197,10 @@ class LinearSource:
 
     def _explain(self, tokens: Tokens, call: Call, *, known: bool) -> None:
         def plan() -> Plan:
-            shape = call.shape(self.weight)
-            routes = routes_for(shape, known=known)
-            return plan_linear(routes, tokens.count(), shape, self.head.budget)
+            count = tokens.count()
+            shape = call.shape(self.input, self.weight)
+            shape = replace(shape, all_rows=count == tokens.y.numel())
+            return plan_linear(routes_for(shape, known=known), count, shape, self.head.budget)
 
         report_plan(plan)
 

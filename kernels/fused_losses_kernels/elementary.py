@@ -32,18 +32,25 @@ def expm1(x):
 
 @device_function
 def tanh_and_slope(x):
-    """Hyperbolic tangent and its derivative, each to a few units of its own last place.
+    """Hyperbolic tangent and its derivative, each to about a unit of its own last place.
 
-    Near 0, Lambert's continued fraction, cut off where what is left out is below 2**-56; elsewhere
-    exponentials, where 1 - tanh**2 would cancel. One division serves both.
+    Near 0, Lambert's continued fraction, cut off where what is left out is below the rounding;
+    elsewhere exponentials, where 1 - tanh**2 would cancel. Either is written as what is left of x,
+    or of 1: the roundings of a small part are small beside the whole.
     """
     square = x * x
-    near_zero = square < 0.16
-    e = tl.exp(-2.0 * tl.abs(x))
-    # What is left of x, or of 1: the roundings of a small part are small beside the whole.
-    left = square * (45045.0 + square * (2772.0 + square * 27.0))
-    bottom = 135135.0 + square * (62370.0 + square * (3150.0 + square * 28.0))
-    inverse = 1.0 / tl.where(near_zero, bottom, 1.0 + e)
-    far = 1.0 - 2.0 * e * inverse
-    t = tl.where(near_zero, x - x * (left * inverse), tl.where(x < 0.0, -far, far))
-    return t, tl.where(near_zero, 1.0 - t * t, 4.0 * e * inverse * inverse)
+    left = 2.0 * tl.exp(-2.0 * tl.abs(x))
+    bottom = 1.0 + 0.5 * left
+    if x.dtype == tl.float64:
+        near_zero = square < 0.16
+        fraction = square * (45045.0 + square * (2772.0 + square * 27.0))
+        below = 135135.0 + square * (62370.0 + square * (3150.0 + square * 28.0))
+    else:
+        near_zero = square < 0.42
+        fraction = square * (315.0 + square * 14.0)
+        below = 945.0 + square * (420.0 + square * 15.0)
+    inverse = 1.0 / tl.where(near_zero, below, bottom)
+    part = tl.where(near_zero, fraction, left) * inverse
+    whole = tl.where(near_zero, x, tl.where(x < 0.0, -1.0, 1.0))
+    t = whole - whole * part
+    return t, tl.where(near_zero, 1.0 - t * t, part * (2.0 - part))

@@ -1,0 +1,119 @@
+"""What a chunk holds at a time: logits, and what its rows have of their own.
+
+Of usual shapes logits are nearly all. Where the vocabulary is smaller than the hidden size, copies
+of hidden states are: gathered or cast, summed, scaled. The engine frees them as counted here;
+``tests/test_small_vocabularies.py`` holds it to that.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from fused_losses.backends import lines
+from fused_losses.backends.base import BLOCK_BYTES
+from fused_losses.cost import LinearShape, Route
+
+# Numbers per row that are alive at a time, in units of a row's results: those of two chunks, and
+# what makes them.
+_RESULTS = 5
+
+ENVIRONMENT_VARIABLE = "FUSED_LOSSES_WORKSPACE_BYTES"
+DEFAULT_CPU_BYTES = 256 * 2**20
+_DEFAULT_BYTES_GPU = 2**30
+
+
+def tile_bytes(rows: int, columns: int, route: Route, shape: LinearShape) -> int:
+    """Bytes that a chunk holds for one range of columns: what the budget bounds.
+
+    Its logits, their gradient where it is not in place, the row pass's scratch, and what its rows
+    have of their own, which is most of it where the vocabulary is small.
+    """
+    tile, scratch = _element_bytes(route, shape)
+    # The torch backend passes over blocks of rows; a single row may be larger than a block.
+    block = max(columns, BLOCK_BYTES // max(shape.logits_dtype.itemsize, 4))
+    logits = rows * columns * tile + min(rows * columns, block) * scratch
+    several = columns < shape.vocabulary
+    return logits + rows * _row_bytes(route, shape, several) + _upcast(rows, columns, route, shape)
+
+
+def _row_bytes(route: Route, shape: LinearShape, several: bool) -> int:
+    """Bytes of a row beside its logits: copies of its hidden state, and its results.
+
+    ``several``: the vocabulary is taken in ranges, so their sums are as wide as an accumulator.
+    """
+    c, a, D = shape.compute_dtype.itemsize, shape.accumulator_bytes, shape.hidden
+    cast = shape.input_dtype not in (None, shape.compute_dtype)
+    x = 0 if shape.all_rows and not cast else c
+    dx = 0
+    if shape.need_dx:
+        wide = several or shape.compute_dtype == torch.float16
+        dx = a if wide else c
+        if not x and (dx == c or not several):
+            dx = 0  # written where it belongs
+    whole_rows = route in ("token", "unit")
+    factored = c if whole_rows and shape.need_dw and shape.exponentials else 0
+    # The chunk's hidden states, and with them those of the chunk before, which live until then, or
+    # what the products take later: dx, or the operand of dW times a factor.
+    hidden = x + max(x, dx, factored)
+    if route == "forward":
+        hidden = 2 * x
+    if route == "frozen":
+        hidden = a + x + c  # sums of exponentials times rows of the head; the targets' rows
+    if cast and shape.input_dtype is not None:
+        hidden += shape.input_dtype.itemsize  # gathered before the cast, or cast back
+    return hidden * D + _RESULTS * lines.LINES * max(shape.logits_dtype.itemsize, 4)
+
+
+def _upcast(rows: int, columns: int, route: Route, shape: LinearShape) -> int:
+    """Bytes of 16-bit operands made fp32 where no product takes them as they are, on a CPU."""
+    if shape.backend != "torch" or shape.compute_dtype.itemsize > 2:
+        return 0
+    D, fp16 = shape.hidden, shape.compute_dtype == torch.float16
+    # The operand with the shorter side goes as a whole, the other one piece after piece; both in
+    # pieces if the sum is the longest.
+    elements = 0
+    if shape.logits_dtype != shape.compute_dtype:
+        elements = min(rows, columns) * D
+    if route == "frozen" or (fp16 and shape.need_dx and route != "forward"):
+        elements = max(elements, min(rows, D) * min(columns, max(rows, D)))
+    if route == "frozen" or (shape.need_dw and route != "forward"):
+        elements = max(elements, min(columns, D) * rows)
+    return 4 * elements
+
+
+def _element_bytes(route: Route, shape: LinearShape) -> tuple[int, int]:
+    """Bytes per logit of a tile, and per logit of the row pass's scratch."""
+    separate_gradient = route != "forward" and shape.logits_dtype != shape.compute_dtype
+    tile = shape.logits_dtype.itemsize + separate_gradient * shape.compute_dtype.itemsize
+    if shape.backend != "torch":
+        return tile, 0
+    # A pass that must leave the logits as they are, or whose maths are wider, works on a copy.
+    keeps_logits = route == "unit" and not shape.exponentials
+    narrow = shape.compute_dtype if route == "recompute" else shape.logits_dtype
+    copies = int(keeps_logits or narrow.itemsize < 4)
+    copies += (shape.softcap and route != "forward") + shape.entropy
+    return tile, max(shape.logits_dtype.itemsize, 4) * copies
+
+
+def workspace_budget(workspace_bytes: int | None, device: torch.device) -> int:
+    """Return the byte budget: the argument, else the environment's, else the device's default.
+
+    Raises:
+        ValueError: The budget is not a positive integer.
+    """
+    source = "workspace_bytes"
+    if workspace_bytes is None:
+        text = os.environ.get(ENVIRONMENT_VARIABLE)
+        if text is None:
+            return DEFAULT_CPU_BYTES if device.type == "cpu" else _DEFAULT_BYTES_GPU
+        source = ENVIRONMENT_VARIABLE
+        if not text.strip().isdecimal():
+            raise ValueError(f"{source} must be a positive integer (bytes), got {text!r}")
+        workspace_bytes = int(text)
+    if isinstance(workspace_bytes, bool) or not isinstance(workspace_bytes, int):
+        raise TypeError(f"{source} must be an int (bytes), got {type(workspace_bytes).__name__}")
+    if workspace_bytes <= 0:
+        raise ValueError(f"{source} must be a positive integer (bytes), got {workspace_bytes}")
+    return workspace_bytes

@@ -54,7 +54,7 @@ from fused_losses.modules import (
     TokenStatistics,
 )
 from fused_losses.plan import Plan
-from fused_losses.policy import policy_loss
+from fused_losses.policy import PolicyType, RatioLevel, policy_loss
 from fused_losses.preference import LossType, preference_loss
 from fused_losses.stats import TokenStats
 from fused_losses.token_losses import TOKEN_LOSSES, TokenLoss
@@ -85,7 +85,9 @@ __all__ = [
     "Plan",
     "PolicyLoss",
     "PolicyStats",
+    "PolicyType",
     "PreferenceLoss",
+    "RatioLevel",
     "SharedLinearOptions",
     "SharedOptions",
     "TokenLoss",

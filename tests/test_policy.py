@@ -135,6 +135,21 @@ class TestByHand:
         assert d.tolist() == [[-0.25, -0.25], [0.5, 0.0]]
 
 
+def test_gspo_token_is_gspo_where_a_sequence_has_one_advantage_and_not_elsewhere() -> None:
+    data = _rollouts()
+    per_token = data["advantages"][:, None] * torch.linspace(0.2, 1.8, T).double()
+    for advantages, alike in ((data["advantages"], True), (per_token, False)):
+        results = []
+        for level in ("sequence", "sequence_token"):
+            leaf = data["logps"].clone().requires_grad_()
+            given = data | {"logps": leaf, "advantages": advantages}
+            loss = _policy_loss(given, loss_type="gspo", ratio_level=level)
+            results.append((loss, torch.autograd.grad(loss, leaf)[0]))
+        (value, slope), (other, slope_of_tokens) = results
+        torch.testing.assert_close(other, value)
+        assert torch.allclose(slope_of_tokens, slope, rtol=1e-10, atol=1e-14) == alike
+
+
 def _trl(case: dict[str, Any], data: dict[str, Tensor], num_items: float) -> tuple[Tensor, Any]:
     """The loss and the metrics of TRL's own method, with a trainer that holds what it reads."""
     grpo = pytest.importorskip("trl.trainer.grpo_trainer")

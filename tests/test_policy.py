@@ -137,6 +137,7 @@ class TestByHand:
 
 def test_gspo_token_is_gspo_where_a_sequence_has_one_advantage_and_not_elsewhere() -> None:
     data = _rollouts()
+    del data["sampler_logps"]  # its weights differ from token to token
     per_token = data["advantages"][:, None] * torch.linspace(0.2, 1.8, T).double()
     for advantages, alike in ((data["advantages"], True), (per_token, False)):
         results = []
@@ -263,7 +264,7 @@ def test_the_fused_loss_is_the_references_in_every_plan(case: dict[str, Any]) ->
     per_token = data | {"advantages": data["advantages"][:, None] * torch.linspace(0.5, 1.5, T)}
     options = FULL | case
     plans: list[dict[str, Any]] = [
-        {}, {"workspace_bytes": 16 * V * 8}, {"workspace_bytes": 4 * V * 8}, {"shift": True},
+        {}, {"workspace_bytes": 28 * V * 8}, {"workspace_bytes": 6 * V * 8}, {"shift": True},
         {"reduction": "sum", "softcap": 20.0}, {"num_items": 9},
     ]  # fmt: skip
     for given, more in [*((data, plan) for plan in plans), (per_token, {})]:
@@ -278,6 +279,20 @@ def test_the_fused_loss_is_the_references_in_every_plan(case: dict[str, Any]) ->
         frozen = batch.leaves(w=False)
         dx = torch.autograd.grad(_linear(fused_losses, frozen, given, **options, **more), frozen.x)
         assert relative_error(dx[0], results[0][1]) <= 1e-11
+
+
+def test_those_plans_are_one_chunk_several_and_recomputation() -> None:
+    batch, data = _head()
+    leaves = batch.leaves()
+    args = (leaves.x, leaves.w, leaves.y, *(data[n] for n in ("old_logps", "advantages")))
+    found = [
+        fused_losses.explain(
+            fused_losses.linear_policy_loss, *args, data["ref_logps"], workspace_bytes=b, **FULL
+        )
+        for b in (None, 28 * V * 8, 6 * V * 8)
+    ]
+    assert [plan.route for plan in found] == ["unit", "unit", "recompute"]
+    assert len(found[0].chunks) == 1 < len(found[1].chunks)
 
 
 @pytest.mark.parametrize("shift", [False, True])

@@ -51,6 +51,5 @@ def tanh_and_slope(x):
         below = 945.0 + square * (420.0 + square * 15.0)
     inverse = 1.0 / tl.where(near_zero, below, bottom)
     part = tl.where(near_zero, fraction, left) * inverse
-    whole = tl.where(near_zero, x, tl.where(x < 0.0, -1.0, 1.0))
-    t = whole - whole * part
+    t = tl.where(near_zero, x - x * part, tl.where(x < 0.0, part - 1.0, 1.0 - part))
     return t, tl.where(near_zero, 1.0 - t * t, part * (2.0 - part))

@@ -32,7 +32,8 @@ _BOTH = {
     "dataloader_pin_memory": torch.cuda.is_available(),
 }
 _STAGES: dict[str, tuple[type, dict[str, Any]]] = {
-    "sft": (SFTConfig, {**_BOTH, "max_steps": 30}),
+    # The pipeline watches the implicit reward, for which mle needs no reference.
+    "sft": (SFTConfig, {**_BOTH, "max_steps": 30, "precompute_ref_log_probs": True}),
     "dpo": (DPOConfig, {**_BOTH, "max_steps": 12, "learning_rate": 5e-6}),
 }
 

@@ -88,7 +88,7 @@ def test_the_pipeline_writes_configs_logs_curves_and_models(
     configs = json.loads((out / "configs.json").read_text())
     assert configs["sft"]["loss"] == "hellinger"
     assert configs["sft"]["max_steps"] == 8
-    assert configs["dpo"]["loss_type"] == "sigmoid"
+    assert configs["dpo"]["loss_type"] == ["sigmoid"]
     expected = {
         "sft": {"loss", "rewards/implicit", "drift", "entropy", "values/mean", "weights/capped"},
         "dpo": {"loss", "rewards/chosen", "rewards/margins", "rewards/accuracies", "logps/chosen"},

@@ -264,6 +264,9 @@ def run(
             init_lora_weights=False,
             **adapter,
         )
+        if trainer is DPOTrainer:
+            # TRL compares with the adapters off, ours with what the run starts from.
+            more["ref_model"] = llama()
     held_out = data.select(range(4, 10))
     if case["evaluation"] == "several sets":
         held_out = {"near": held_out, "far": data.select(range(3))}

@@ -70,7 +70,7 @@ def test_losses_and_gradients_of_smollm2_are_trls(tmp_path: Path) -> None:
             continue
         smoothing = 0.1 if name in SMOOTHED else 0.0
         # What both trainers read at each call.
-        ours.args.loss_type, ours.args.label_smoothing = name, smoothing
+        ours.args.loss_type, ours.args.label_smoothing = [name], smoothing
         theirs.loss_types, theirs.loss_weights, theirs.label_smoothing = [name], [1.0], smoothing
         losses = [step(t, batch) for t, batch in zip((ours, theirs), batches, strict=True)]
         found[name] = (abs(losses[0] - losses[1]) / abs(losses[1]), difference(ours, theirs))

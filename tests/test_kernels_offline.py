@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import kernel_report  # noqa: E402
+import kernel_tables  # noqa: E402
 
 Record = dict[str, Any]
 
@@ -135,7 +136,7 @@ def test_no_kernel_is_worse_than_committed(report: list[Record], committed: list
 
 def test_the_committed_table_is_drawn_from_the_committed_json(committed: list[Record]) -> None:
     content = json.loads(COMMITTED.read_text("utf-8"))
-    assert COMMITTED.with_suffix(".md").read_text("utf-8") == kernel_report.markdown(content)
+    assert COMMITTED.with_suffix(".md").read_text("utf-8") == kernel_tables.markdown(content)
 
 
 @pytest.mark.parametrize(

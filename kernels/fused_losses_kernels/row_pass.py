@@ -9,11 +9,9 @@ shift k per row, the maximum of the first block and of the target's logit:
 The sum leaves the target out, so confident targets keep their relative accuracy. k need not be the
 maximum, but exp(z - k) is the more exact the smaller its argument: a row whose later block exceeds
 k by more than ``_ROOM`` is scaled down and goes on from that block's maximum. From logp the program
-evaluates the token loss it was given, a device function ``r -> (phi, weight)``; it knows no loss by
-name.
-
-A launch may hold a range of the vocabulary's columns: what is known so far then waits in ``rows``
-(see ``lines``) for the next range, and the last one makes the results.
+evaluates the token loss that it was given, a device function ``r -> (phi, weight)``. A launch may
+hold a range of the vocabulary's columns: what is known so far then waits in ``rows`` (see
+``lines``) for the next range, and the last one makes the results.
 
 On request a launch also writes E, one write per element, over the logits or elsewhere. With whole
 rows the entry of the target is -s_rest: then (g / s) E is the gradient of any loss with d loss / d

@@ -365,6 +365,21 @@ def test_a_reference_that_cannot_be_moved_runs_where_it_is(tmp_path, monkeypatch
         assert "chosen_ref_logps" in trainer.train_dataset.column_names
 
 
+def test_the_log_says_at_the_start_what_is_compared_with_what_and_how(tmp_path, caplog):
+    caplog.set_level("INFO", logger="fused_losses")
+    DPOTrainer(llama(), dpo_config(tmp_path, bf16=True), pair_rows(4))
+    SFTTrainer(
+        llama(), sft_config(tmp_path, loss="pearson"), sft_rows(4), ref_model=llama(1).bfloat16()
+    )
+    said = [r.getMessage() for r in caplog.records if "is compared with" in r.getMessage()]
+    assert said == [
+        "loss_type='sigmoid' is compared with the model as it starts: weights in float32, mixed "
+        "precision bf16, without dropout",
+        "loss='pearson' is compared with ref_model, LlamaForCausalLM: weights in bfloat16, mixed "
+        "precision no, without dropout",
+    ]
+
+
 def test_sharded_models_are_told_where_references_come_from(tmp_path, monkeypatch):
     def made(**options):
         def sharded(self, *args, **kwargs):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import sys
 import types
 from pathlib import Path
@@ -79,6 +80,49 @@ def test_sft_compares_with_what_it_starts_from_in_the_precision_of_the_run(
     )
     trainer.train()
     assert trainer.state.log_history[0]["rewards/implicit"] == 0.0
+
+
+def test_references_that_a_dataset_brings_to_trl_are_of_this_model_and_precision(
+    tmp_path: Path,
+) -> None:
+    made = sft(tmp_path, FP32, loss="pearson").train_dataset
+    again = sft(tmp_path, FP32, made, loss="pearson")
+    assert list(again.train_dataset["ref_logps"]) == list(made["ref_logps"])
+    with pytest.raises(ValueError, match="precision 'no', the policy here in 'bf16'"):
+        sft(tmp_path, SILENT | {"bf16": True}, made, loss="pearson")
+    config = trl.SFTConfig(str(tmp_path), **FP32)
+    with pytest.raises(ValueError, match=r"the reference here is .*Drop the ref_logps"):
+        ours.SFTTrainer(
+            llama(1), config, train_dataset=made, processing_class=tokenizer(), loss="pearson"
+        )
+
+
+def test_dropout_that_is_a_number_is_off_in_dpo(tmp_path: Path) -> None:
+    trainer = ours.DPOTrainer(
+        llama(attention_dropout=0.5),
+        ref_model=llama(),
+        args=trl.DPOConfig(str(tmp_path), **FP32),
+        train_dataset=PAIRS,
+        processing_class=tokenizer(),
+    )
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(math.log(2.0), abs=1e-6)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_adapters_that_change_the_base_start_at_log_two_or_are_refused(
+    init: str, tmp_path: Path
+) -> None:
+    lora = peft.LoraConfig(task_type="CAUSAL_LM", r=2, init_lora_weights=init)
+    with pytest.raises(NotImplementedError, match=f"init_lora_weights='{init}' of peft_config"):
+        dpo(tmp_path, FP32, ref_model=None, peft_config=lora)
+    adapted = peft.get_peft_model(llama(), lora)
+    more: dict[str, Any] = {"train_dataset": PAIRS, "processing_class": tokenizer()}
+    with pytest.raises(NotImplementedError, match=f"init_lora_weights='{init}' of default"):
+        ours.DPOTrainer(adapted, args=trl.DPOConfig(str(tmp_path), **FP32), **more)
+    trainer = sft(tmp_path, FP32, loss="pearson", peft_config=lora)
+    trainer.train()
+    assert trainer.state.log_history[0]["rewards/implicit"] == pytest.approx(0.0, abs=1e-6)
 
 
 @pytest.mark.parametrize(

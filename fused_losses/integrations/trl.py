@@ -20,6 +20,7 @@ from datasets.fingerprint import Hasher
 from torch import Tensor
 
 import fused_losses
+from fused_losses.integrations.dropout import disable_dropout
 from fused_losses.integrations.lm_head import fuse_lm_head
 from fused_losses.integrations.trl_checks import (
     arguments_of,
@@ -195,7 +196,8 @@ class DPOTrainer(trl.DPOTrainer):
     - ``label_smoothing`` also holds for ``sigmoid`` where it is the only loss; TRL ignores it.
     - ``ipo`` and ``sigmoid_norm`` divide by the tokens that are predicted. TRL also counts a first
       token that nothing predicts: of an empty prompt, or of a response that ``keep_end`` cut.
-    - The reference runs in evaluation mode, whatever ``disable_dropout`` says.
+    - The reference runs in evaluation mode, whatever ``disable_dropout`` says; that also sets a
+      dropout to 0 which is a number, as an attention's.
     - Precomputed references are cached under a name that also says precision, truncation, attention
       and versions.
 
@@ -205,8 +207,9 @@ class DPOTrainer(trl.DPOTrainer):
 
     Raises:
         ValueError: An option out of its range.
-        NotImplementedError: ``use_weighting``, which needs all probabilities; context or sequence
-            parallelism, at the first step.
+        NotImplementedError: ``use_weighting``, which needs all probabilities; adapters whose
+            initialisation changes the base weights, where the reference is the base or a copy of
+            the adapters; context or sequence parallelism, at the first step.
     """
 
     precompute_ref_logps: Any
@@ -215,6 +218,8 @@ class DPOTrainer(trl.DPOTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         check_dpo(arguments_of(trl.DPOTrainer, args, kwargs))
         super().__init__(*args, **kwargs)
+        if self.args.disable_dropout:
+            disable_dropout(self.model)
         fuse_lm_head(self.model)
 
     @property

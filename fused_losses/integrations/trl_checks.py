@@ -13,6 +13,9 @@ from datasets import IterableDataset
 import fused_losses
 from fused_losses.integrations.trl_references import COLUMN
 
+# Initialisations of LoRA that take the adapter's product out of the base weights.
+_CHANGE_THE_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
+
 
 def arguments_of(trainer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments of a constructor by name, however they were given."""
@@ -109,9 +112,11 @@ def check_dpo(given: dict[str, Any]) -> None:
     """Raise where the pair losses cannot be what these arguments of ``DPOTrainer`` train on.
 
     Raises:
-        NotImplementedError: ``use_weighting``.
+        NotImplementedError: ``use_weighting``; adapters that change the base weights.
         ValueError: An option out of its range.
     """
+    if given.get("ref_model") is None:
+        _check_adapters(given)
     args = given.get("args")
     if args is None:
         return
@@ -133,6 +138,20 @@ def check_dpo(given: dict[str, Any]) -> None:
             "TRL's formulas, whose sigmoid takes none",
             stacklevel=3,
         )
+
+
+def _check_adapters(given: dict[str, Any]) -> None:
+    """TRL compares with the base, or with a second adapter that it initialises like the first."""
+    configs = {"peft_config": given.get("peft_config")}
+    configs |= getattr(given.get("model"), "peft_config", None) or {}
+    for name, config in configs.items():
+        init = getattr(config, "init_lora_weights", None)
+        if isinstance(init, str) and init.lower().startswith(_CHANGE_THE_BASE):
+            raise NotImplementedError(
+                f"init_lora_weights={init!r} of {name} changes the base weights, and TRL takes its "
+                "reference from those as if they were the start: give a ref_model, or use "
+                "fused_losses.trainer.DPOTrainer, whose reference is the model as it starts"
+            )
 
 
 def one_pair_loss(loss_types: list[str], f_divergence_type: str, ld_alpha: float | None) -> Any:

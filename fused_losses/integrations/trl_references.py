@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from datasets import is_caching_enabled
 from datasets.fingerprint import Hasher
 
-from fused_losses.integrations.fingerprint import model_fingerprint, precision_of, software_of
+from fused_losses.integrations.ref_names import REF_MODEL, NamedModel
+from fused_losses.integrations.shares import in_shares, on_all
 from fused_losses.integrations.trl_head import AnsweredModel, ask_logps
 
 COLUMN = "ref_logps"
@@ -54,9 +58,9 @@ def add_ref_logps(trainer: Any, dataset: Any, batch_size: int) -> Any:
     """Return a prepared dataset with the log-probs of its labels under the trainer's model.
 
     The model is taken as it stands, a PeftModel with its adapters, in the precision of the run and
-    without dropout. Position t holds log p(token t | those before), 0
-    where nothing is learnt. No gradients, no logits; the result is cached by ``datasets`` under a
-    fingerprint of data, weights, adapters, precision and versions.
+    without dropout. Position t holds log p(token t | those before), 0 where nothing is learnt. No
+    gradients, no logits. Every process computes a share of the batches; the result is cached by
+    ``datasets`` under a fingerprint of data, weights, adapters, precision and versions.
 
     Args:
         trainer: A trainer of this module, before training.
@@ -64,36 +68,60 @@ def add_ref_logps(trainer: Any, dataset: Any, batch_size: int) -> Any:
         batch_size: Rows per forward.
 
     Returns:
-        The dataset with the column ``ref_logps``, float32; as it is if it has one.
+        The dataset with the columns ``ref_logps``, float32, and ``ref_model``, the name of model
+        and precision; as it is if it has the first.
 
     Raises:
-        ValueError: A streaming dataset, whose column has to be made where it is made.
+        ValueError: A streaming dataset, whose column has to be made where it is made; references
+            that it brings, of another model or precision; processes with different models.
+        RuntimeError: Another process failed; named.
     """
+    accelerator = trainer.accelerator
+    unwrapped = accelerator.unwrap_model(trainer.model)
+    named = NamedModel(unwrapped, accelerator.mixed_precision, accelerator.device)
     if COLUMN in (dataset.column_names or ()):
+        named.check(dataset, "the dataset")
         return dataset
     if not hasattr(dataset, "_fingerprint"):
         raise ValueError(
             f"a streaming dataset must bring its own {COLUMN!r} column, one log-prob of the "
             "reference per token; or give a datasets.Dataset"
         )
+    what = "computing reference log-probs"
+    # A dataset's fingerprint may be drawn by each process on its own.
+    data = on_all(lambda: dataset._fingerprint, what)[0]
+    key = named.key(data, len(dataset), "the dataset")
+    fingerprint = Hasher.hash([key, batch_size, COLUMN])
+    made: list[np.ndarray] = []
+    if not all(on_all(lambda: _is_cached(dataset, fingerprint), what)):
+        made = _computed(trainer, dataset, batch_size, what)
+
+    def columns_of(_: dict[str, list[Any]], at: list[int]) -> dict[str, Any]:
+        return {COLUMN: [made[i] for i in at], REF_MODEL: [named.name] * len(at)}
+
+    with accelerator.main_process_first():
+        return dataset.map(
+            columns_of,
+            with_indices=True,
+            batched=True,
+            new_fingerprint=fingerprint,
+            desc="Reference log-probs",
+        )
+
+
+def _is_cached(dataset: Any, fingerprint: str) -> bool:
+    # What lies in memory is cached in a folder of this process alone: nowhere yet.
+    path = dataset._get_cache_file_path(fingerprint) if dataset.cache_files else ""
+    return is_caching_enabled() and os.path.exists(path)
+
+
+def _computed(trainer: Any, dataset: Any, batch_size: int, what: str) -> list[np.ndarray]:
+    """Return each row's log-probs, on every process."""
     model = trainer.model
     collate = getattr(trainer.data_collator, "collate", trainer.data_collator)
-    device = trainer.accelerator.device
-    fingerprint = Hasher.hash(
-        [
-            dataset._fingerprint,
-            model_fingerprint(trainer.accelerator.unwrap_model(model)),
-            precision_of(trainer.accelerator.mixed_precision, device),
-            software_of(device),
-            batch_size,
-            COLUMN,
-        ]
-    )
 
-    def batch_of(columns: dict[str, list[Any]]) -> dict[str, Any]:
-        examples = [
-            dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)
-        ]
+    def compute(at: range) -> list[np.ndarray]:
+        examples = [dataset[i] for i in at]
         inputs = trainer._prepare_inputs(collate(examples))
         inputs["use_cache"] = False
         # The Trainer's own context holds no autocast: accelerate puts that into the forward.
@@ -106,18 +134,14 @@ def add_ref_logps(trainer: Any, dataset: Any, batch_size: int) -> Any:
             rows = list(logps[0, : sum(lengths)].split(lengths))
         else:
             rows = [row[:length] for row, length in zip(logps, lengths, strict=True)]
-        return {COLUMN: [row.numpy() for row in rows]}
+        return [row.numpy() for row in rows]
 
+    n = len(dataset)
+    batches = [range(first, min(first + batch_size, n)) for first in range(0, n, batch_size)]
     training = model.training
     model.eval()
     try:
-        with trainer.accelerator.main_process_first():
-            return dataset.map(
-                batch_of,
-                batched=True,
-                batch_size=batch_size,
-                new_fingerprint=fingerprint,
-                desc="Reference log-probs",
-            )
+        made = in_shares(batches, compute, what, trainer.args)
+        return [row for _, rows in made for row in rows]
     finally:
         model.train(training)

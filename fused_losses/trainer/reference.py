@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -23,6 +24,8 @@ from fused_losses.trainer.collate import Collator
 from fused_losses.trainer.config import PostTrainingConfig, SFTConfig
 from fused_losses.trainer.data import IGNORE, SIDES, Preparation, each, values
 from fused_losses.trainer.loading import move
+
+logger = logging.getLogger(__name__)
 
 
 class Reference:
@@ -212,6 +215,13 @@ def with_references(
     if (not any(known) and not wanted) or not datasets:
         return train_dataset, eval_dataset
     reference = Reference(model if ref_model is None else ref_model, args)
+    logger.info(
+        "%s is compared with %s: weights in %s, mixed precision %s, without dropout",
+        objective,
+        "the model as it starts" if ref_model is None else f"ref_model, {type(ref_model).__name__}",
+        str(next(reference.model.parameters()).dtype).removeprefix("torch."),
+        reference.named.precision,
+    )
 
     def attached(dataset: Dataset, name: str) -> Dataset:
         given = any(c.endswith("ref_logps") for c in dataset.column_names)

@@ -145,13 +145,14 @@ class LinearSource:
         loss_fn: UnitLoss,
         *,
         entropy: bool,
+        entropy_gradient: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """See :class:`Source`.
 
         With a frozen head, without gradients, and where recomputing the rows in backward is cheaper
         or the only way, whole units need not be in one chunk: ``loss_fn`` is called once on all.
         """
-        call = self._call(None, entropy=entropy, entropy_gradient=entropy)
+        call = self._call(None, entropy=entropy, entropy_gradient=entropy_gradient)
         shape = call.shape(self.input, self.weight)
         if not lays_out_units(tokens):
             _, rows = self._rows(tokens, call, None, None)

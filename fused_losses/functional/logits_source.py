@@ -94,6 +94,7 @@ class LogitsSource:
         loss_fn: UnitLoss,
         *,
         entropy: bool,
+        entropy_gradient: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """See :class:`Source`; the loss is autograd's own function of all rows."""
         rows = self.statistics(tokens, entropy=entropy)

@@ -91,6 +91,8 @@ def linear_loss(
         # With shift, the row at t scores the label at t + 1 of the same sequence.
         return call_on_stats(loss_fn, asked, positions + options.shift)
 
-    loss, rows = source.unit_sum(tokens, unit_of, call, entropy=entropy or watched)
+    loss, rows = source.unit_sum(
+        tokens, unit_of, call, entropy=entropy or watched, entropy_gradient=entropy
+    )
     report_stats(lambda: tokens.stats(rows, entropy=entropy or watched))
     return loss

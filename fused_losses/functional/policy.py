@@ -207,7 +207,9 @@ def _run(
         def total(stats: TokenStats, units: UnitChunk | None) -> Tensor:
             return policy_total(batch.rollouts(stats, units), factors)
 
-        loss, rows = source.unit_sum(tokens, batch.responses.unit_of, total, entropy=entropy)
+        loss, rows = source.unit_sum(
+            tokens, batch.responses.unit_of, total, entropy=entropy, entropy_gradient=explores
+        )
     report_stats(lambda: _stats(rows.detach(), batch))
     return loss
 

@@ -60,12 +60,13 @@ class Source(Protocol):
         loss_fn: UnitLoss,
         *,
         entropy: bool,
+        entropy_gradient: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Return the sum of ``loss_fn`` over all units, differentiable, and row results.
 
         ``unit_of`` is the unit of each token; None: each is its own. ``loss_fn`` gets the tokens of
         some whole units, or all tokens and None where a source or a compiler takes them as they
-        come.
+        come. ``entropy_gradient`` says that it differentiates the entropy, which takes more.
         """
 
     def statistics(self, tokens: Tokens, *, entropy: bool, entropy_gradient: bool = True) -> Tensor:

@@ -46,7 +46,7 @@ ONLY = {
     "token_losses": {"fused_losses_kernels.language", "fused_losses_kernels.elementary"},
     "reference": {"arguments", "stats", "token_losses", "preference", "policy"},
 }
-MAX_LINES = 350
+MAX_LINES = 300
 
 
 def source_files(root: Path) -> dict[str, Path]:

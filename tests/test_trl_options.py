@@ -19,7 +19,7 @@ peft = pytest.importorskip("peft")
 import datasets  # noqa: E402
 
 from fused_losses.integrations import trl as ours  # noqa: E402
-from fused_losses.integrations import trl_head  # noqa: E402
+from fused_losses.integrations.trl import head  # noqa: E402
 
 SILENT: dict[str, Any] = {
     "report_to": "none",
@@ -232,7 +232,7 @@ def test_a_trl_that_is_not_there_or_older_is_told_of(
     older = types.ModuleType("trl")
     older.__version__ = version
     monkeypatch.setitem(sys.modules, "trl", older if version else None)
-    spec = importlib.util.spec_from_file_location("trl_head_again", trl_head.__file__)
+    spec = importlib.util.spec_from_file_location("trl_head_again", head.__file__)
     named = f"needs TRL 1.16 or newer, found {version}" if version else r"needs TRL: pip install"
     with pytest.raises(ImportError, match=named):
         spec.loader.exec_module(importlib.util.module_from_spec(spec))

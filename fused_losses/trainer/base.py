@@ -20,9 +20,10 @@ from fused_losses.trainer.collate import Collator
 from fused_losses.trainer.data import each, values
 from fused_losses.trainer.loading import load_models
 from fused_losses.trainer.packing import check_packing, pack
-from fused_losses.trainer.reference import prepare, references_wanted, with_references
+from fused_losses.trainer.reference import prepare
 from fused_losses.trainer.sequences import text_tokenizer
 from fused_losses.trainer.settings import check_setting
+from fused_losses.trainer.start_references import references_wanted, with_references
 from fused_losses.trainer.telemetry import Sums, Telemetry, TrainingRecord, means
 
 # What the loss reads, and the model does not.
@@ -69,8 +70,7 @@ class PostTrainer(Trainer):
 
         if train_dataset is not None:
             train_dataset = prepared(train_dataset, "train_dataset")
-        if eval_dataset is not None:
-            eval_dataset = each(eval_dataset, prepared)
+        eval_dataset = each(eval_dataset, prepared)
         pad_id = getattr(text_tokenizer(processing_class), "pad_token_id", None)
         super().__init__(
             model=model,
@@ -110,7 +110,7 @@ class PostTrainer(Trainer):
 
         if self.args.packs_training and self.train_dataset is not None:
             self.train_dataset = packed(self.train_dataset, "train_dataset")
-        if self.args.packs_evaluation and self.eval_dataset is not None:
+        if self.args.packs_evaluation:
             self.eval_dataset = each(self.eval_dataset, packed)
 
     def loss_call(self, inputs: dict[str, Tensor]) -> tuple[Callable[..., Tensor], dict[str, Any]]:

@@ -285,7 +285,9 @@ def _reference(ref: list[float], cut: slice) -> list[float]:
 
 
 def each(datasets: Any, change: Callable[[Any, str], Dataset]) -> Any:
-    """Change an evaluation dataset, or each of a dict of them, told its name."""
+    """Change an evaluation dataset, if there is one, or each of a dict of them, told its name."""
+    if datasets is None:
+        return None
     if isinstance(datasets, dict):
         return {k: change(d, f"eval_dataset[{k!r}]") for k, d in datasets.items()}
     return change(datasets, "eval_dataset")

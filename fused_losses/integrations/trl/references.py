@@ -14,7 +14,7 @@ from datasets.fingerprint import Hasher
 
 from fused_losses.integrations.ref_names import REF_MODEL, NamedModel
 from fused_losses.integrations.shares import in_shares, on_all
-from fused_losses.integrations.trl_head import AnsweredModel, ask_logps
+from fused_losses.integrations.trl.head import AnsweredModel, ask_logps
 
 COLUMN = "ref_logps"
 

@@ -11,7 +11,7 @@ import torch
 from datasets import IterableDataset
 
 import fused_losses
-from fused_losses.integrations.trl_references import COLUMN
+from fused_losses.integrations.trl.references import COLUMN
 
 # Initialisations of LoRA that take the adapter's product out of the base weights.
 _CHANGE_THE_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")

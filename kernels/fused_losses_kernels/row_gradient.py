@@ -26,7 +26,8 @@ _ENTROPY, _SHIFT, _SUM, _REST = (
 )
 
 
-@triton.jit
+# What differs from call to call makes no kernel of its own; what bounds an access does: C, strides.
+@triton.jit(do_not_specialize=["N", "T", "V", "first_column", "ignore_index"])
 def _row_gradient_kernel(
     z_ptr,  # (B, T, V) any strides
     dz_ptr,  # (N, V) out, rows contiguous; may be z

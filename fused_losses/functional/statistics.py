@@ -69,7 +69,7 @@ def linear_token_stats(
         target: (...), int64 or int32, in [0, V) or ``ignore_index``.
         entropy: Also compute the entropy (14).
         **common: What :func:`token_stats` takes, and what :class:`fused_losses.SharedLinearOptions`
-        adds.
+            adds.
 
     Returns:
         As :func:`token_stats`.

@@ -18,6 +18,10 @@ from fused_losses.cost import LinearShape, Route
 # Numbers per row that are alive at a time, in units of a row's results: those of two chunks, and
 # what makes them.
 _RESULTS = 5
+# Tensors of the logits' size, in fp32 or wider, that a function of a chunk's logits may hold at a
+# time beside the logits: a log-softmax, its exponential, the loss of each word, what autograd makes
+# of them.
+FUNCTION_TENSORS = 4
 
 ENVIRONMENT_VARIABLE = "FUSED_LOSSES_WORKSPACE_BYTES"
 DEFAULT_CPU_BYTES = 256 * 2**20
@@ -87,6 +91,10 @@ def _element_bytes(route: Route, shape: LinearShape) -> tuple[int, int]:
     """Bytes per logit of a tile, and per logit of the row pass's scratch."""
     separate_gradient = route != "forward" and shape.logits_dtype != shape.compute_dtype
     tile = shape.logits_dtype.itemsize + separate_gradient * shape.compute_dtype.itemsize
+    if shape.whole_logits:
+        # What the function gets, its gradient, and what it makes of it.
+        taken = 1 + shape.need_gradient + FUNCTION_TENSORS
+        tile += taken * max(shape.logits_dtype.itemsize, 4)
     if shape.backend != "torch":
         return tile, 0
     # A pass that must leave the logits as they are, or whose maths are wider, works on a copy.

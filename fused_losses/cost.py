@@ -76,6 +76,7 @@ class LinearShape:
     entropy_gradient: bool = False
     input_dtype: torch.dtype | None = None  # None: as compute_dtype
     all_rows: bool = False  # no label is ignored, so hidden states are read where they lie
+    whole_logits: bool = False  # the loss is a function of whole rows of logits, not of log-probs
 
     @property
     def need_gradient(self) -> bool:
@@ -86,22 +87,24 @@ class LinearShape:
     def exponentials(self) -> bool:
         """Whether the exponentials that a row pass leaves behind serve as the logits' gradient.
 
-        They do up to a factor per row, which the products take: not for label smoothing and
-        entropies, whose gradients are no multiples. 16-bit operands would be rounded once more by
-        that factor: measured in bf16, gradient errors of 2.8e-3 instead of 2.1e-3 where a bound of
-        2.5e-3 is promised.
+        They do up to a factor per row, which the products take: not for label smoothing, entropies
+        and functions of all logits, whose gradients are no multiples. 16-bit operands would be
+        rounded once more by that factor: measured in bf16, gradient errors of 2.8e-3 instead of
+        2.1e-3 where a bound of 2.5e-3 is promised.
         """
         wide = self.compute_dtype.itemsize >= 4
-        return wide and not (self.smoothing or self.entropy_gradient)
+        return wide and not (self.smoothing or self.entropy_gradient or self.whole_logits)
 
     @property
     def head_is_frozen(self) -> bool:
         """Whether d logp / d x, with the target's and the mean row of the head, is all it takes.
 
-        Entropies need more, and smoothing with a softcap needs the mean of their products.
+        Entropies and functions of all logits need more, and smoothing with a softcap needs the mean
+        of their products.
         """
         only_dx = self.need_dx and not (self.need_dw or self.need_db)
-        return only_dx and not self.entropy_gradient and not (self.smoothing and self.softcap)
+        more = self.entropy_gradient or self.whole_logits or (self.smoothing and self.softcap)
+        return only_dx and not more
 
     def takes_whole_rows(self, route: Route) -> bool:
         """Whether a route needs the whole row before its gradient, not ranges of the vocabulary.
@@ -127,7 +130,7 @@ def steps_of(route: Route, shape: LinearShape) -> tuple[Step, ...]:
         return (Step.LOGITS, Step.ROW_PASS)
     if route == "frozen":
         return (Step.LOGITS, Step.ROW_PASS_WITH_EXPONENTIALS, Step.DX_OF_EXPONENTIALS)
-    passes, gradient = [Step.ROW_PASS], [Step.ROW_GRADIENT]
+    passes, gradient = [Step.ROW_PASS], [Step.ROW_GRADIENT] * shape.need_gradient
     if route == "recompute":
         gradient = [Step.LOGITS, Step.ROW_GRADIENT]
     elif shape.exponentials:

@@ -168,7 +168,7 @@ def check_budget(routes: Sequence[Route], shape: LinearShape, budget: int) -> No
 def plan_units(sizes: Sequence[int], shape: LinearShape, budget: int) -> Plan | None:
     """Fill chunks with whole units, in order.
 
-    None if a unit does not fit the budget, or if recomputation is cheaper.
+    None if a unit does not fit the budget, or if recomputation, where it would do, is cheaper.
     """
     V = shape.vocabulary
     most = _most_rows(max(sum(sizes), 1), V, "unit", shape, budget)
@@ -181,7 +181,9 @@ def plan_units(sizes: Sequence[int], shape: LinearShape, budget: int) -> Plan | 
         else:
             chunks.append(size)
     plan = _plan("unit", sum(sizes), shape, budget, tuple(chunks), (V,))
-    other = None if _forced.get() == "unit" else _cheapest("recompute", sum(sizes), shape, budget)
+    other = None
+    if not shape.whole_logits and _forced.get() != "unit":
+        other = _cheapest("recompute", sum(sizes), shape, budget)
     return plan if other is None or plan.cost <= other.cost else None
 
 

@@ -25,16 +25,14 @@ class TokenStats(NamedTuple):
     is_top1: Tensor
 
 
-def call_on_stats(
-    loss_fn: Callable[[TokenStats, Tensor], Tensor], stats: TokenStats, rows: Tensor
-) -> Tensor:
+def call_on_stats(loss_fn: Callable[..., Tensor], stats: TokenStats, *given: Tensor) -> Tensor:
     """Call a user's loss; if it trips over the entropy that was not asked for, say how to ask.
 
     Raises:
         TypeError: ``loss_fn`` computed with None, while ``stats.entropy`` is None.
     """
     try:
-        return loss_fn(stats, rows)
+        return loss_fn(stats, *given)
     except (AttributeError, TypeError) as error:
         if stats.entropy is not None or "NoneType" not in str(error):
             raise

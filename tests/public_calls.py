@@ -20,6 +20,12 @@ def own_loss(stats: TokenStats, rows: Tensor) -> Tensor:
     return (stats.logps * (rows + 1)).sum() + stats.lse.sum()
 
 
+def own_loss_of_logits(stats: TokenStats, rows: Tensor, logits: Tensor) -> Tensor:
+    """The same, and something of each word's logit."""
+    words = torch.arange(logits.shape[1], device=logits.device)
+    return own_loss(stats, rows) + (logits.square() * words).mean(1).sum()
+
+
 def of_units(units: Tensor) -> Callable[[TokenStats, Tensor], Tensor]:
     """A loss that only the right units give."""
 
@@ -90,7 +96,8 @@ class Case:
         if self.name.endswith("dpo_loss"):
             given.setdefault("ref_logps", None)
         if self.name == "linear_loss":
-            given["loss_fn"] = of_units(given["units"]) if "units" in given else own_loss
+            own = own_loss_of_logits if self.options.get("logits") else own_loss
+            given["loss_fn"] = of_units(given["units"]) if "units" in given else own
         return getattr(module, self.name)(**given, **{**self.options, **more})
 
 
@@ -116,6 +123,7 @@ CASES = [
     *_both("token_stats"),
     Case("linear_loss"),
     Case("linear_loss", ("units",)),
+    Case("linear_loss", (), {"logits": True}),
 ]
 FUNCTIONS = sorted({case.name for case in CASES})
 

@@ -40,9 +40,9 @@ def refuse_captured(
     ]
     found = " and ".join(dict.fromkeys(names)) or f"a tensor of shape {tuple(leaf.shape)}"
     raise ValueError(
-        f"{function} has captured {found}, which requires a gradient and would get none: only the "
-        "statistics are differentiated. Detach it, or compose linear_token_stats (token_stats) "
-        "with your loss, where autograd follows everything"
+        f"{function} has captured {found}, which requires a gradient and would get none: only what "
+        "it is called with is differentiated. Detach it, or compose linear_token_stats "
+        "(token_stats) with your loss, where autograd follows everything"
     )
 
 
@@ -54,7 +54,7 @@ def refuse_detached(function: str, result: Tensor) -> None:
     """
     if not result.requires_grad and bool(result != 0.0):
         raise ValueError(
-            f"{function} must return a tensor that depends on its statistics; the result is "
+            f"{function} must return a tensor that depends on what it is given; the result is "
             "detached from them and would train nothing. Leave out detach(), item(), no_grad() "
             "and the like; for a constant add 0.0 * stats.logps.sum()"
         )

@@ -125,12 +125,12 @@ class _UnitSum(torch.autograd.Function):
         planned = PlannedCall(x, w, bias, y, layout.positions, call, plan)
         sums = GradientSums(planned)
         total = planned.rows.new_zeros(())
-        user_autocast = _autocast_of(x.device.type)
+        user_autocast = autocast_of(x.device.type)
         with torch.autocast(x.device.type, enabled=False):
             for chunk, units in zip(chunks_of(planned), layout.chunks(plan.chunks), strict=True):
                 chunk.row_pass(top1=True)
                 with user_autocast:
-                    loss, c = call_loss(loss_fn, chunk.rows, units, call, gradient=True)
+                    loss, c, _ = call_loss(loss_fn, chunk.rows, units, call, gradient=True)
                 total += loss
                 chunk.differentiate(c)
                 add_chunk(sums, chunk)
@@ -148,7 +148,7 @@ class _UnitSum(torch.autograd.Function):
         return (*once_differentiable(scaled, [dtotal, x, w, bias]), *(None,) * 5)
 
 
-def _autocast_of(device_type: str) -> torch.autocast:
+def autocast_of(device_type: str) -> torch.autocast:
     """The autocast state of the caller: a loss function sees it, whatever route calls it."""
     return torch.autocast(
         device_type,
@@ -159,12 +159,19 @@ def _autocast_of(device_type: str) -> torch.autocast:
 
 
 def call_loss(
-    loss_fn: UnitLoss, rows: Tensor, units: UnitChunk, call: Call, *, gradient: bool
-) -> tuple[Tensor, Coefficients]:
+    loss_fn: Callable[..., Tensor],
+    rows: Tensor,
+    units: UnitChunk,
+    call: Call,
+    *,
+    gradient: bool,
+    logits: Tensor | None = None,
+) -> tuple[Tensor, Coefficients, Tensor | None]:
     """Call the loss function on rows (LINES, R), cut off from any graph, and differentiate it.
 
     Returns:
-        The loss, 0-d, and its gradients with respect to logp, lse and entropy, (R,) each.
+        The loss, 0-d; its gradients with respect to logp, lse and entropy, (R,) each; and to the
+        logits, if they were given (R, V) and it depends on them.
 
     Raises:
         ValueError: It returned something else than a 0-d tensor, one without a graph, or one that
@@ -174,12 +181,14 @@ def call_loss(
     leaves = [rows[line].detach().clone().requires_grad_(gradient) for line in taken]
     stats = stats_of(rows.detach(), entropy=call.entropy)
     stats = stats._replace(**dict(zip(TokenStats._fields, leaves, strict=False)))
+    given = [] if logits is None else [logits.detach().requires_grad_(gradient)]
     # Frozen rows or not, what the function has captured may want a gradient.
     with torch.set_grad_enabled(gradient or torch.is_grad_enabled()):
-        loss = loss_fn(stats, units)
+        loss = loss_fn(stats, units, *given)
     if not isinstance(loss, Tensor) or loss.dim() != 0:
         got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
         raise ValueError(f"loss_fn must return a 0-d tensor, the sum over its units, got {got}")
+    leaves += given
     refuse_captured(_LOSS_FUNCTION, loss_fn, [loss], leaves)
     if gradient:
         refuse_detached(_LOSS_FUNCTION, loss)
@@ -187,10 +196,11 @@ def call_loss(
     if loss.requires_grad and gradient:
         with torch.autocast(loss.device.type, enabled=False):
             found = list(torch.autograd.grad(loss, leaves, allow_unused=True))
+    dlogits = found.pop() if given else None
     dlogp, dlse, *dentropy = found
     dlogp = torch.zeros_like(leaves[0]) if dlogp is None else dlogp
     c = Coefficients(dlogp, dlse, dentropy=dentropy[0] if dentropy else None)
-    return loss.detach(), c
+    return loss.detach(), c, dlogits
 
 
 class _KnownGradient(torch.autograd.Function):
@@ -212,7 +222,7 @@ def loss_of_rows(rows: Tensor, layout: UnitLayout, call: Call, loss_fn: UnitLoss
     taken = rows.detach()[:, layout.positions]
     units = UnitChunk(layout.positions, layout.ids)
     gradient = rows.requires_grad
-    loss, c = call_loss(loss_fn, taken, units, call, gradient=gradient)
+    loss, c, _ = call_loss(loss_fn, taken, units, call, gradient=gradient)
     if not gradient:
         return loss
     drows = torch.zeros_like(rows)

@@ -76,10 +76,11 @@ class Chunk:
         if weight is not None and exponentials and call.objective is not None:
             self.differentiate(call.objective.coefficients(weight, self.rows))
 
-    def differentiate(self, c: Coefficients) -> None:
+    def differentiate(self, c: Coefficients, out: Tensor | None = None) -> None:
         """Make ``scale * dz`` the gradient of the logits, from the coefficients of the rows (R,).
 
-        Exponentials are there already up to a factor per row; else one more row pass writes it all.
+        Exponentials are there already up to a factor per row; else one more row pass writes it all,
+        to ``out`` if that is to be more precise than dz.
         """
         planned, call = self._planned, self._planned.call
         if planned.plan.exponentials:
@@ -92,7 +93,7 @@ class Chunk:
             c,
             maths=call.maths,
             ignore_index=call.ignore_index,
-            dz=self.dz,
+            dz=self.dz if out is None else out,
         )
 
     def _scale_exponentials(self, c: Coefficients) -> Tensor:

@@ -12,10 +12,11 @@ from torch import Tensor
 import fused_losses.engine.flop_formulas  # noqa: F401  (registers them)
 from fused_losses.arguments import refuse_unserved
 from fused_losses.backends import Objective, resolve_backend
-from fused_losses.chunk_bytes import workspace_budget
+from fused_losses.chunk_bytes import tile_bytes, workspace_budget
 from fused_losses.engine.call import Call, HeadOptions, Needs
 from fused_losses.engine.linear_rows import linear_rows
 from fused_losses.engine.linear_sum import linear_loss_sum
+from fused_losses.engine.logits_sum import LogitsLoss, differentiated, logits_sum
 from fused_losses.engine.main_grad import through_main_grad
 from fused_losses.engine.rows import stats_of
 from fused_losses.engine.unit_sum import UnitLayout, UnitLoss, loss_of_rows, unit_sum
@@ -166,6 +167,40 @@ class LinearSource:
             return unit_sum(*operands, layout, call, plan, loss_fn)
         _, rows = self._rows(tokens, call, None, None)
         return loss_of_rows(rows, layout, call, loss_fn), rows
+
+    def logits_sum(
+        self,
+        tokens: Tokens,
+        unit_of: Tensor | None,
+        loss_fn: LogitsLoss,
+        *,
+        entropy: bool,
+        entropy_gradient: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the sum of a function of the logits over all units, and row results.
+
+        Raises:
+            ValueError: A unit does not fit the budget: rows of logits cannot be made again in
+                ranges, as log-probs can.
+        """
+        call = self._call(None, entropy=entropy, entropy_gradient=entropy_gradient)
+        shape = replace(call.shape(self.input, self.weight), whole_logits=True)
+        budget = self.head.budget
+        check_budget(["unit"], shape, budget)
+        layout = UnitLayout.of(tokens.y, unit_of, tokens.ignore_index)
+        plan = plan_units(layout.sizes, shape, budget)
+        if plan is None:
+            largest = max(layout.sizes)
+            needed = tile_bytes(largest, shape.vocabulary, "unit", shape)
+            raise ValueError(
+                "with logits=True a chunk holds the logits of whole units, and a unit of "
+                f"{largest} tokens takes {needed} bytes: workspace_bytes={budget} is too small; "
+                "raise it, or give smaller units (none, if loss_fn is additive over tokens)"
+            )
+        report_plan(lambda: plan)
+        step = differentiated(loss_fn, call, gradient=shape.need_gradient)
+        operands = (self.x, self.weight, self.bias, tokens.y)
+        return logits_sum(*operands, layout, call, plan, step)
 
     def statistics(self, tokens: Tokens, *, entropy: bool, entropy_gradient: bool = True) -> Tensor:
         """See :class:`Source`."""

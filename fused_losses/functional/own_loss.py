@@ -1,7 +1,8 @@
-"""Log-probs from hidden states for losses of your own: per-token statistics, and whole units."""
+"""Losses of your own from hidden states: of log-probs or logits, of tokens or whole units."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar, Unpack, cast
 
@@ -17,6 +18,9 @@ from fused_losses.functional.options import SharedLinearOptions, refuse_loss_opt
 from fused_losses.functional.sources import lays_out_units
 from fused_losses.stats import TokenStats, call_on_stats
 
+LossFunction = (
+    Callable[[TokenStats, Tensor], Tensor] | Callable[[TokenStats, Tensor, Tensor], Tensor]
+)
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 _eager_only = cast(
@@ -33,10 +37,11 @@ def linear_loss(
     input: Tensor,
     linear_weight: Tensor,
     target: Tensor,
-    loss_fn: Callable[[TokenStats, Tensor], Tensor],
+    loss_fn: LossFunction,
     *,
     units: Tensor | None = None,
     entropy: bool = False,
+    logits: bool = False,
     **common: Unpack[SharedLinearOptions],
 ) -> Tensor:
     """Your own loss of log-probs, in plain torch, without logits and without recomputation.
@@ -61,18 +66,27 @@ def linear_loss(
             token; or without target's last dimension, (B,) for (B, T): that of each sequence. None:
             every token is its own unit.
         entropy: Also give ``loss_fn`` the entropy, differentiable; else ``stats.entropy`` is None.
+        logits: Also give ``loss_fn`` the logits of its rows: ``(stats, rows, logits)``, (R, V),
+            after scale, softcap, temperature and bias, float32 (float64 for float64), whatever
+            ``logits_dtype`` is. Statistics and logits are differentiated both. 6 N D V FLOPs, 4
+            with a frozen weight, 2 without gradients; N D V of a teacher's logits that ``loss_fn``
+            makes are its own. The logits live in the workspace: clone what outlives the call. The
+            budget counts the gradient and four more tensors of their size for what ``loss_fn`` and
+            autograd make of them; a unit must fit it.
         **common: As :func:`linear_token_stats`.
 
     Returns:
         0-d sum of what ``loss_fn`` returned, fp32 or fp64, attached to the graph.
 
     Raises:
-        TypeError: As :func:`linear_mle_loss`; units that are not integers.
-        ValueError: As :func:`linear_mle_loss`; a negative unit; a result that is not 0-d.
+        TypeError: As :func:`linear_mle_loss`; units that are not integers; a ``loss_fn`` that does
+            not take what it is given.
+        ValueError: As :func:`linear_mle_loss`; a negative unit; a result that is not 0-d; with
+            ``logits`` a unit that does not fit the workspace.
         IndexError: As :func:`linear_mle_loss`.
     """
-    if not callable(loss_fn):
-        raise TypeError(f"loss_fn must be a function, got {type(loss_fn).__name__}")
+    check_flag("logits", logits)
+    _check_function(loss_fn, logits)
     source, options = open_source(linear_loss, input, linear_weight, common, precise=True)
     refuse_loss_options(options, "by linear_loss, whose loss_fn does the reduction")
     check_flag("entropy", entropy)
@@ -85,14 +99,33 @@ def linear_loss(
         return source.statistics(tokens, entropy=entropy)[lines.LOGP].sum()
     watched = statistics_wanted()
 
-    def call(stats: TokenStats, units: UnitChunk | None) -> Tensor:
+    def call(stats: TokenStats, units: UnitChunk | None, *given: Tensor) -> Tensor:
         asked = stats if entropy else stats._replace(entropy=None)
         positions = tokens.counted.nonzero()[:, 0] if units is None else units.positions
         # With shift, the row at t scores the label at t + 1 of the same sequence.
-        return call_on_stats(loss_fn, asked, positions + options.shift)
+        return call_on_stats(loss_fn, asked, positions + options.shift, *given)
 
-    loss, rows = source.unit_sum(
-        tokens, unit_of, call, entropy=entropy or watched, entropy_gradient=entropy
-    )
+    run = source.logits_sum if logits else source.unit_sum
+    loss, rows = run(tokens, unit_of, call, entropy=entropy or watched, entropy_gradient=entropy)
     report_stats(lambda: tokens.stats(rows, entropy=entropy or watched))
     return loss
+
+
+def _check_function(loss_fn: Any, logits: bool) -> None:
+    """Raise unless it can be called with what it will be given, as far as its signature tells."""
+    if not callable(loss_fn):
+        raise TypeError(f"loss_fn must be a function, got {type(loss_fn).__name__}")
+    given = ("stats", "rows", "logits") if logits else ("stats", "rows")
+    try:
+        signature = inspect.signature(loss_fn)
+    except ValueError:  # some builtins have none
+        return
+    try:
+        signature.bind(*given)
+    except TypeError as error:
+        cure = "take the logits too, or leave out logits=True"
+        if not logits:
+            cure = "pass logits=True if it wants a chunk's logits; bind what else it takes"
+        raise TypeError(
+            f"loss_fn is called with ({', '.join(given)}) and takes {signature}: {error}; {cure}"
+        ) from None

@@ -143,9 +143,10 @@ def linear_loss(
     input: Tensor,
     linear_weight: Tensor,
     target: Tensor,
-    loss_fn: Callable[[TokenStats, Tensor], Tensor],
+    loss_fn: Callable[..., Tensor],
     *,
     units: Tensor | None = None,
+    logits: bool = False,
     **options: Any,
 ) -> Tensor:
     """Apply a loss of your own to the statistics of all counted tokens.
@@ -162,19 +163,26 @@ def linear_loss(
             ordered by unit and then by position, and their flat int64 positions in target.
         units: Integer tensor of target's shape, each token's unit, or without its last dimension,
             each sequence's. None: every token its own.
+        logits: Also give it the transformed logits (n, V) of those tokens.
         **options: ``entropy=False``, ``linear_bias``, and those of ``linear_token_stats``.
 
     Returns:
         What ``loss_fn`` returned; 0.0 attached to the graph, without calling it, if nothing counts.
     """
-    logits, options = _logits(input, linear_weight, target, **options)
-    rows, stats = statistics.counted_stats(logits, target, **options)
+    check_flag("logits", logits)
+    scores, options = _logits(input, linear_weight, target, **options)
+    rows, stats = statistics.counted_stats(scores, target, **options)
+    order = torch.arange(len(rows), device=rows.device)
     if units is not None:
         order = expand_units(units, target.shape).reshape(-1)[rows].argsort(stable=True)
         rows, stats = rows[order], statistics.apply(lambda x: x[order], stats)
     if not len(rows):
         return stats.logps.sum()
-    loss = call_on_stats(loss_fn, stats, rows)
+    given = []
+    if logits:
+        options.pop("entropy", None)
+        given = [statistics.counted(scores, target, **options)[1][order]]
+    loss = call_on_stats(loss_fn, stats, rows, *given)
     if not isinstance(loss, Tensor) or loss.dim() != 0:
         got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         raise ValueError(f"loss_fn must return a 0-d tensor, got {got}")

@@ -202,7 +202,7 @@ def warn_of_empty(name: str, lengths: Tensor, meaning: str, stacklevel: int = 4)
     """
     if lengths.device.type != "cpu" or torch.compiler.is_compiling() or not has_data(lengths):
         return
-    rows = (lengths.reshape(-1) == 0).nonzero()[:, 0].tolist()
-    if rows:
+    if not lengths.all():
+        rows = (lengths.reshape(-1) == 0).nonzero()[:, 0].tolist()
         message = f"{name} rows {rows[:8]} have no counted token: {meaning}"
         warnings.warn(message, stacklevel=stacklevel)

@@ -16,7 +16,7 @@ import fused_losses
 from fused_losses.backends import Objective, RowMaths
 from fused_losses.engine.call import Call
 from fused_losses.engine.logits_rows import logits_gradient, logits_rows
-from fused_losses.engine.segment_sum import segment_sum
+from fused_losses.engine.segment_sum import segment_sum, sum_between
 
 B, T, V = 4, 3, 13
 SECOND = "second derivatives are not implemented"
@@ -286,19 +286,21 @@ def test_the_operators_pass_opcheck(backend: str, device: torch.device, dtype: t
 
 
 def test_the_segment_sum_passes_opcheck_and_gradcheck(backend: str, device: torch.device) -> None:
+    ids = torch.tensor([0, 0, 2, 2, 2, 2, 2], device=device)
+    x = torch.randn(7, dtype=torch.float64, device=device, requires_grad=True)
     offsets = torch.tensor([0, 2, 2, 7], device=device)
-    x = torch.randn(9, dtype=torch.float64, device=device, requires_grad=True)
-    torch.library.opcheck(segment_sum, (x, offsets, backend))
-    assert torch.autograd.gradcheck(lambda x: segment_sum(x, offsets, backend), (x,))
-    got = segment_sum(x, offsets, backend)
-    want = torch.stack([x[:2].sum(), x[2:2].sum(), x[2:7].sum()])
+    torch.library.opcheck(sum_between, (x.detach(), offsets, backend))
+    assert torch.autograd.gradcheck(lambda x: segment_sum(x, ids, 4, backend), (x,))
+    assert torch.autograd.gradgradcheck(lambda x: segment_sum(x, ids, 4, backend), (x,))
+    got = segment_sum(x, ids, 4, backend)
+    want = torch.stack([x[:2].sum(), x[2:2].sum(), x[2:7].sum(), x[7:].sum()])
     assert torch.allclose(got, want, rtol=1e-14, atol=1e-15)
     long = torch.randn(5000, device=device)
-    ends = torch.tensor([0, 1500, 5000], device=device)
-    sums = segment_sum(long, ends, backend)
+    which = (torch.arange(5000, device=device) >= 1500).long()
+    sums = segment_sum(long, which, 2, backend)
     exact = torch.stack([long[:1500].double().sum(), long[1500:].double().sum()])
     assert torch.allclose(sums.double(), exact, rtol=1e-6, atol=1e-4)
-    assert torch.equal(sums, segment_sum(long, ends, backend))
+    assert torch.equal(sums, segment_sum(long, which, 2, backend))
 
 
 def test_statistics_differentiate_together_as_one_by_one(

@@ -19,7 +19,7 @@ from fused_losses.engine.call import Call, HeadOptions, Needs
 from fused_losses.engine.linear_rows import linear_rows, linear_rows_gradient
 from fused_losses.engine.linear_sum import linear_loss_sum
 from fused_losses.engine.logits_rows import logits_gradient, logits_rows
-from fused_losses.engine.segment_sum import segment_sum
+from fused_losses.engine.segment_sum import segment_sum, sum_between
 
 N, D, V = 5, 4, 11
 
@@ -106,8 +106,10 @@ def test_logits_and_segments_keep_their_promises(layout: str, backend: str) -> N
         (z, y, rows, *upstream, None, call, True),
         test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
     )
-    x = _wanting(LAYOUTS[layout](_float(7)), True)
-    torch.library.opcheck(segment_sum, (x, torch.tensor([0, 2, 2, 7]), backend))
+    x, ids = LAYOUTS[layout](_float(7)), LAYOUTS[layout](torch.tensor([0, 0, 2, 2, 2, 2, 2]))
+    torch.library.opcheck(sum_between, (x, torch.tensor([0, 2, 2, 7]), backend))
+    want = segment_sum(x.contiguous(), ids.contiguous(), 3, backend)
+    assert torch.equal(segment_sum(_wanting(x, True), ids, 3, backend), want)
 
 
 def _call(route: str, module: Any, x: Tensor, w: Tensor, bias: Tensor) -> Tensor:

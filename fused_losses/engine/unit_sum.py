@@ -167,7 +167,7 @@ def call_loss(
     gradient: bool,
     logits: Tensor | None = None,
 ) -> tuple[Tensor, Coefficients, Tensor | None]:
-    """Call the loss function on rows (LINES, R), cut off from any graph, and differentiate it.
+    """Call the loss function on rows (LINES, R), which no graph holds, and differentiate it.
 
     Returns:
         The loss, 0-d; its gradients with respect to logp, lse and entropy, (R,) each; and to the
@@ -178,8 +178,8 @@ def call_loss(
             depends on a tensor beside the rows that wants a gradient.
     """
     taken = [lines.LOGP, lines.LSE, *([lines.ENTROPY] if call.linear.entropy_gradient else [])]
-    leaves = [rows[line].detach().clone().requires_grad_(gradient) for line in taken]
-    stats = stats_of(rows.detach(), entropy=call.entropy)
+    leaves = [rows[line].clone().requires_grad_(gradient) for line in taken]
+    stats = stats_of(rows, entropy=call.entropy)
     stats = stats._replace(**dict(zip(TokenStats._fields, leaves, strict=False)))
     given = [] if logits is None else [logits.detach().requires_grad_(gradient)]
     # Frozen rows or not, what the function has captured may want a gradient.

@@ -104,12 +104,14 @@ class _Batch:
             lengths, given = lengths[units.ids], None if given is None else given[units.ids]
         if given is not None:
             sums = sums - given.to(sums.dtype)
+        chosen, rejected = sums.unbind(1)
+        chosen_lengths, rejected_lengths = lengths.unbind(1)
         return Pairs(
-            sums[:, 0],
-            sums[:, 1],
+            chosen,
+            rejected,
             self.o,
-            lengths[:, 0],
-            lengths[:, 1],
+            chosen_lengths,
+            rejected_lengths,
             reference_margin=self._reference_margin() if self.whole else None,
             present=self.present if units is None else None,
         )

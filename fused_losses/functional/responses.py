@@ -124,18 +124,12 @@ class Responses:
             of_row = self.of_row
             if self.order is not None:
                 x, of_row = x[self.order], of_row[self.order]
-            sums = segment_sum(x, _offsets_of(of_row, self.count), self.backend)
+            sums = segment_sum(x, of_row, self.count, self.backend)
             return sums.view(self.sides, self.units).t()
         # A chunk's tokens come unit after unit, and in a unit side after side.
         local = torch.searchsorted(units.ids, self.unit_of[units.positions])
         if self.sides > 1:
             side = self.of_row[units.positions] // max(self.units, 1)
             local = self.sides * local + side
-        offsets = _offsets_of(local, self.sides * units.ids.numel())
-        return segment_sum(x, offsets, self.backend).view(-1, self.sides)
-
-
-def _offsets_of(sorted_ids: Tensor, count: int) -> Tensor:
-    """Return where each of the segments 0 .. count begins in ascending ids: (count + 1,)."""
-    wanted = torch.arange(count + 1, device=sorted_ids.device, dtype=sorted_ids.dtype)
-    return torch.searchsorted(sorted_ids.contiguous(), wanted)
+        count = self.sides * units.ids.numel()
+        return segment_sum(x, local, count, self.backend).view(-1, self.sides)

@@ -205,7 +205,7 @@ def mean_factor(count: Tensor, options: Options) -> Tensor:
     else:
         divisor = as_tensor(options.num_items, count.device)
     divisor = divisor.double()
-    return torch.where(divisor == 0.0, 0.0, 1.0 / divisor)
+    return torch.where(divisor == 0.0, 0.0, divisor.reciprocal())
 
 
 def _check_labels(target: Tensor, vocabulary: int, options: Options) -> None:

@@ -30,7 +30,8 @@ LossType = Literal[
 
 
 def _smoothed(m: Tensor, epsilon: float) -> Tensor:
-    return -(1.0 - epsilon) * F.logsigmoid(m) - epsilon * F.logsigmoid(-m)
+    # -(1 - epsilon) log sigma(m) - epsilon log sigma(-m), as log sigma(-m) = log sigma(m) - m.
+    return epsilon * m - F.logsigmoid(m)
 
 
 def _sigmoid(pairs: Pairs) -> Tensor:

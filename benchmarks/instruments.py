@@ -2,34 +2,21 @@
 
 from __future__ import annotations
 
-import json
-import math
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from cases import Case
 from contest import Run, log_probs, summed_loss, units
 from inputs import Batch, softmax_error
+from profiles import gemm_flops, memory_events, peak
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from fused_losses.engine import workspace
 
-# Operators that multiply matrices, with the place of the first factor among their arguments.
-_GEMMS = {
-    "aten::mm": 0,
-    "aten::bmm": 0,
-    "aten::addmm": 1,
-    "aten::addmm_": 1,
-    "aten::_addmm_activation": 1,
-    "aten::baddbmm": 1,
-    "aten::baddbmm_": 1,
-}
 _TRUTH_BYTES = {"cpu": 2**28, "cuda": 2**33}
 
 
@@ -128,33 +115,12 @@ def cost_of(case: Case, batch: Batch, run: Run) -> Cost:
         if gpu:
             torch.cuda.synchronize()
         seconds = time.perf_counter() - start
-    flops = sum(_flops_of(event) for event in profiler.events())
+    flops = gemm_flops(profiler)
     if gpu:
         return Cost(flops, torch.cuda.max_memory_allocated() - before, seconds)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(path))
-        events = json.loads(path.read_text("utf-8"))["traceEvents"]
+    events = memory_events(profiler)
     del kept
-    memory = sorted((e for e in events if e.get("name") == "[memory]"), key=lambda e: e["ts"])
-    level = highest = 0
-    for event in memory:
-        level += event["args"]["Bytes"]
-        highest = max(highest, level)
-    return Cost(flops, highest, seconds)
-
-
-def _flops_of(event: Any) -> int:
-    if event.name not in _GEMMS:
-        return 0
-    parent = event.cpu_parent
-    while parent is not None:
-        if parent.name in _GEMMS:
-            return 0  # counted there
-        parent = parent.cpu_parent
-    first = _GEMMS[event.name]
-    a, b = event.input_shapes[first], event.input_shapes[first + 1]
-    return 2 * math.prod(a) * b[-1]
+    return Cost(flops, peak(events), seconds)
 
 
 def floor(case: Case, batch: Batch) -> tuple[str, Callable[[], None]]:

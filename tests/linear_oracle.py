@@ -7,10 +7,9 @@ from the storages that reach a ``TorchDispatchMode``.
 
 from __future__ import annotations
 
-import json
 import math
-import tempfile
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,28 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._library.custom_ops import OPDEFS
-from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-IGNORED = -100
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+import profiles
+from profiles import peak as peak
 
-# Operators that multiply matrices, with the place of the two factors among their arguments.
-_GEMMS = {
-    "aten::mm": 0,
-    "aten::bmm": 0,
-    "aten::addmm": 1,
-    "aten::addmm_": 1,
-    "aten::_addmm_activation": 1,
-    "aten::baddbmm": 1,
-    "aten::baddbmm_": 1,
-    "aten::addbmm": 1,
-    "aten::addbmm_": 1,
-    "aten::mv": 0,
-    "aten::addmv": 1,
-    "aten::addmv_": 1,
-}
+IGNORED = -100
 
 
 @dataclass(frozen=True)
@@ -161,48 +147,16 @@ def gemm_flops(run: Callable[[], Any]) -> int:
     """FLOPs of all matrix products that ``run`` makes, backward threads included."""
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
         run()
-    return sum(_flops_of(event) for event in profiler.events())
-
-
-def _flops_of(event: FunctionEvent) -> int:
-    if event.name not in _GEMMS or _inside_a_gemm(event):
-        return 0
-    first = _GEMMS[event.name]
-    a, b = event.input_shapes[first], event.input_shapes[first + 1]
-    columns = b[-1] if len(b) > 1 else 1
-    return 2 * math.prod(a) * columns
-
-
-def _inside_a_gemm(event: FunctionEvent) -> bool:
-    parent = event.cpu_parent
-    while parent is not None:
-        if parent.name in _GEMMS:
-            return True
-        parent = parent.cpu_parent
-    return False
+    return profiles.gemm_flops(profiler)
 
 
 def memory_events(run: Callable[[], Any]) -> list[int]:
     """Bytes of every allocation (> 0) and release (< 0) that ``run`` makes, in order."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         kept = run()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(path))
-        events = json.loads(path.read_text())["traceEvents"]
+    events = profiles.memory_events(profiler)
     del kept
-    memory = [e for e in events if e.get("name") == "[memory]"]
-    memory.sort(key=lambda e: e["ts"])
-    return [e["args"]["Bytes"] for e in memory]
-
-
-def peak(events: Iterable[int]) -> int:
-    """Highest level of memory above the start."""
-    level = highest = 0
-    for size in events:
-        level += size
-        highest = max(highest, level)
-    return highest
+    return events
 
 
 class NewTensors(TorchDispatchMode):

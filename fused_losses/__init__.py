@@ -6,6 +6,7 @@ specification.
 """
 
 from fused_losses import reference
+from fused_losses.divergences import DIVERGENCES, Divergence, DivergenceName
 from fused_losses.functional import (
     CommonOptions,
     KTOStats,
@@ -14,10 +15,12 @@ from fused_losses.functional import (
     PolicyStats,
     SharedLinearOptions,
     SharedOptions,
+    divergence_loss,
     dpo_loss,
     explain,
     hellinger_loss,
     kto_loss,
+    linear_divergence_loss,
     linear_dpo_loss,
     linear_hellinger_loss,
     linear_kto_loss,
@@ -34,9 +37,11 @@ from fused_losses.functional import (
     with_stats,
 )
 from fused_losses.modules import (
+    DivergenceLoss,
     DPOLoss,
     HellingerLoss,
     KTOLoss,
+    LinearDivergenceLoss,
     LinearDPOLoss,
     LinearHellingerLoss,
     LinearKTOLoss,
@@ -62,13 +67,18 @@ from fused_losses.token_losses import TOKEN_LOSSES, TokenLoss
 __version__ = "0.1.0"
 
 __all__ = [
+    "DIVERGENCES",
     "TOKEN_LOSSES",
     "CommonOptions",
     "DPOLoss",
+    "Divergence",
+    "DivergenceLoss",
+    "DivergenceName",
     "HellingerLoss",
     "KTOLoss",
     "KTOStats",
     "LinearDPOLoss",
+    "LinearDivergenceLoss",
     "LinearHellingerLoss",
     "LinearKTOLoss",
     "LinearLoss",
@@ -94,10 +104,12 @@ __all__ = [
     "TokenLossModule",
     "TokenStatistics",
     "TokenStats",
+    "divergence_loss",
     "dpo_loss",
     "explain",
     "hellinger_loss",
     "kto_loss",
+    "linear_divergence_loss",
     "linear_dpo_loss",
     "linear_hellinger_loss",
     "linear_kto_loss",

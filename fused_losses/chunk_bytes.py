@@ -22,6 +22,9 @@ _RESULTS = 5
 # time beside the logits: a log-softmax, its exponential, the loss of each word, what autograd makes
 # of them.
 FUNCTION_TENSORS = 4
+# The same of a divergence, of a block of rows: both sides' log-probs, a word's part, its slope, and
+# what these are made of.
+_DIVERGENCE_TENSORS = 9
 
 ENVIRONMENT_VARIABLE = "FUSED_LOSSES_WORKSPACE_BYTES"
 DEFAULT_CPU_BYTES = 256 * 2**20
@@ -38,6 +41,10 @@ def tile_bytes(rows: int, columns: int, route: Route, shape: LinearShape) -> int
     # The torch backend passes over blocks of rows; a single row may be larger than a block.
     block = max(columns, BLOCK_BYTES // max(shape.logits_dtype.itemsize, 4))
     logits = rows * columns * tile + min(rows * columns, block) * scratch
+    if shape.teacher_hidden:
+        wide = max(shape.logits_dtype.itemsize, 4)
+        block = max(columns, divergence_block(shape.backend) // wide)
+        logits += min(rows * columns, block) * wide * _DIVERGENCE_TENSORS
     several = columns < shape.vocabulary
     return logits + rows * _row_bytes(route, shape, several) + _upcast(rows, columns, route, shape)
 
@@ -67,7 +74,9 @@ def _row_bytes(route: Route, shape: LinearShape, several: bool) -> int:
         hidden = a + x + c  # sums of exponentials times rows of the head; the targets' rows
     if cast and shape.input_dtype is not None:
         hidden += shape.input_dtype.itemsize  # gathered before the cast, or cast back
-    return hidden * D + _RESULTS * lines.LINES * max(shape.logits_dtype.itemsize, 4)
+    # The teacher's hidden states, gathered, and cast.
+    teacher = shape.teacher_hidden * (shape.teacher_logits_bytes + shape.teacher_dtype.itemsize)
+    return hidden * D + teacher + _RESULTS * lines.LINES * max(shape.logits_dtype.itemsize, 4)
 
 
 def _upcast(rows: int, columns: int, route: Route, shape: LinearShape) -> int:
@@ -84,6 +93,8 @@ def _upcast(rows: int, columns: int, route: Route, shape: LinearShape) -> int:
         elements = max(elements, min(rows, D) * min(columns, max(rows, D)))
     if route == "frozen" or (shape.need_dw and route != "forward"):
         elements = max(elements, min(columns, D) * rows)
+    if shape.teacher_hidden and shape.teacher_dtype.itemsize <= 2:
+        elements = max(elements, min(rows, columns) * shape.teacher_hidden)
     return 4 * elements
 
 
@@ -91,7 +102,9 @@ def _element_bytes(route: Route, shape: LinearShape) -> tuple[int, int]:
     """Bytes per logit of a tile, and per logit of the row pass's scratch."""
     separate_gradient = route != "forward" and shape.logits_dtype != shape.compute_dtype
     tile = shape.logits_dtype.itemsize + separate_gradient * shape.compute_dtype.itemsize
-    if shape.whole_logits:
+    if shape.teacher_hidden:
+        tile += shape.teacher_logits_bytes
+    elif shape.whole_logits:
         # What the function gets, its gradient, and what it makes of it.
         taken = 1 + shape.need_gradient + FUNCTION_TENSORS
         tile += taken * max(shape.logits_dtype.itemsize, 4)
@@ -103,6 +116,14 @@ def _element_bytes(route: Route, shape: LinearShape) -> tuple[int, int]:
     copies = int(keeps_logits or narrow.itemsize < 4)
     copies += (shape.softcap and route != "forward") + shape.entropy
     return tile, max(shape.logits_dtype.itemsize, 4) * copies
+
+
+def divergence_block(backend: str) -> int:
+    """Bytes of a block of logits that a divergence takes at a time.
+
+    Small enough for a CPU's cache; where launches are what costs, large.
+    """
+    return BLOCK_BYTES // 4 if backend == "torch" else 16 * BLOCK_BYTES
 
 
 def workspace_budget(workspace_bytes: int | None, device: torch.device) -> int:

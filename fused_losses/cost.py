@@ -3,7 +3,8 @@
 With N tokens in b chunks and a vocabulary of V in k ranges, c, l and a the bytes of an operand, of
 a logit and of an accumulator, x = NDc and w = VDc the bytes of hidden states and head:
 
-    logits        2NDV FLOPs    read k x and b w, write NVl
+    logits        2NDV FLOPs    read k x and b w, write NVl; the teacher's alike, of its own D
+    divergence                  read both sides' logits; with the gradient write NVc
     row pass                    read NVl; with exponentials or the gradient write NVc
     row gradient                read NVl, write NVc
     dX            2NDV          read NVc and b w; write and read again (2k - 1) NDa
@@ -34,10 +35,14 @@ class Step(Enum):
     """What runs for a chunk of tokens and a range of columns; the values are the words for it."""
 
     LOGITS = "z = X W'"
+    TEACHER_LOGITS = "teacher's z = X W'"
+    TEACHER_ROW_PASS = "teacher's row pass"
     ROW_PASS = "row pass"
     ROW_PASS_WITH_EXPONENTIALS = "row pass with exponentials"
     ROW_PASS_WITH_GRADIENT = "row pass with gradient"
     LOSS_FUNCTION = "loss function"
+    DIVERGENCE = "divergence"
+    DIVERGENCE_WITH_GRADIENT = "divergence with gradient"
     ROW_GRADIENT = "row gradient"
     DX_OF_EXPONENTIALS = "dX += E W"
     DX = "dX += dz W"
@@ -46,7 +51,8 @@ class Step(Enum):
     @property
     def is_product(self) -> bool:
         """Whether it is a matrix product over the head."""
-        return self in (Step.LOGITS, Step.DX_OF_EXPONENTIALS, Step.DX, Step.DW)
+        products = (Step.LOGITS, Step.TEACHER_LOGITS, Step.DX_OF_EXPONENTIALS, Step.DX, Step.DW)
+        return self in products
 
     @property
     def writes(self) -> bool:
@@ -55,6 +61,7 @@ class Step(Enum):
             Step.ROW_PASS_WITH_EXPONENTIALS,
             Step.ROW_PASS_WITH_GRADIENT,
             Step.ROW_GRADIENT,
+            Step.DIVERGENCE_WITH_GRADIENT,
         )
 
 
@@ -77,6 +84,8 @@ class LinearShape:
     input_dtype: torch.dtype | None = None  # None: as compute_dtype
     all_rows: bool = False  # no label is ignored, so hidden states are read where they lie
     whole_logits: bool = False  # the loss is a function of whole rows of logits, not of log-probs
+    teacher_hidden: int = 0  # hidden size of a teacher whose logits stand beside them; 0: none
+    teacher_dtype: torch.dtype = torch.float32  # in which its head computes
 
     @property
     def need_gradient(self) -> bool:
@@ -119,6 +128,11 @@ class LinearShape:
         return rounds and route != "forward"
 
     @property
+    def teacher_logits_bytes(self) -> int:
+        """Bytes of one of the teacher's logits, which are fp32 at least."""
+        return max(self.teacher_dtype.itemsize, 4)
+
+    @property
     def accumulator_bytes(self) -> int:
         """Bytes of a number that is summed over chunks or ranges."""
         return max(self.compute_dtype.itemsize, 4)
@@ -138,14 +152,21 @@ def steps_of(route: Route, shape: LinearShape) -> tuple[Step, ...]:
     elif route == "token" and shape.backend == "torch":
         passes, gradient = [Step.ROW_PASS_WITH_GRADIENT], []
     between = [Step.LOSS_FUNCTION] * (route == "unit")
+    if shape.teacher_hidden:
+        passes += [Step.TEACHER_LOGITS, Step.TEACHER_ROW_PASS]
+        step = Step.DIVERGENCE_WITH_GRADIENT if shape.need_gradient else Step.DIVERGENCE
+        between, gradient = [step], []
     products = [Step.DX] * shape.need_dx + [Step.DW] * shape.need_dw
     return (Step.LOGITS, *passes, *between, *gradient, *products)
 
 
 def flops(route: Route, tokens: int, shape: LinearShape) -> int:
     """FLOPs of all products of a call, forward and backward."""
-    products = sum(step.is_product for step in steps_of(route, shape))
-    return 2 * products * tokens * shape.hidden * shape.vocabulary
+    products = [step for step in steps_of(route, shape) if step.is_product]
+    hidden = sum(
+        shape.teacher_hidden if step is Step.TEACHER_LOGITS else shape.hidden for step in products
+    )
+    return 2 * tokens * hidden * shape.vocabulary
 
 
 def bytes_moved(route: Route, tokens: int, shape: LinearShape, chunks: int, ranges: int) -> int:
@@ -158,6 +179,12 @@ def _step_bytes(step: Step, tokens: int, shape: LinearShape, chunks: int, ranges
     x, w = tokens * shape.hidden, shape.vocabulary * shape.hidden
     z = tokens * shape.vocabulary
     logits, gradient = z * shape.logits_dtype.itemsize, z * c
+    if step is Step.TEACHER_LOGITS:
+        operands = (ranges * tokens + chunks * shape.vocabulary) * shape.teacher_hidden
+        return operands * shape.teacher_dtype.itemsize + z * shape.teacher_logits_bytes
+    if step in (Step.DIVERGENCE, Step.DIVERGENCE_WITH_GRADIENT):
+        both = logits + z * shape.teacher_logits_bytes
+        return both + (gradient if step.writes else 0)
     if step is Step.LOGITS:
         return ranges * x * c + chunks * w * c + logits
     if step in (Step.DX, Step.DX_OF_EXPONENTIALS):

@@ -93,6 +93,12 @@ class DPOLoss(_Loss):
     function = staticmethod(F.dpo_loss)
 
 
+class DivergenceLoss(_Loss):
+    """Module of :func:`fused_losses.divergence_loss`."""
+
+    function = staticmethod(F.divergence_loss)
+
+
 class KTOLoss(_Loss):
     """Module of :func:`fused_losses.kto_loss`."""
 
@@ -133,6 +139,12 @@ class LinearDPOLoss(_Loss):
     """Module of :func:`fused_losses.linear_dpo_loss`."""
 
     function = staticmethod(F.linear_dpo_loss)
+
+
+class LinearDivergenceLoss(_Loss):
+    """Module of :func:`fused_losses.linear_divergence_loss`."""
+
+    function = staticmethod(F.linear_divergence_loss)
 
 
 class LinearKTOLoss(_Loss):

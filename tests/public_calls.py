@@ -74,6 +74,10 @@ class Case:
             "sampler_logps": -2.0 - torch.rand(shape),
             "advantages": torch.randn(shape[:-1]),
             "desirable": torch.rand(shape[:-1]) < 0.5,
+            "teacher_logits": torch.randn(*shape, V),
+            "teacher_input": torch.randn(*shape, D + 1),
+            "teacher_weight": torch.randn(V, D + 1),
+            "teacher_bias": torch.randn(V),
         }
         made["target"].view(-1)[-1:] = -100
         if "segment_ids" in self.takes:  # how many sequences there are is data: one value for all
@@ -106,6 +110,7 @@ def _both(name: str, takes: tuple[str, ...] = (), **options: Any) -> list[Case]:
 
 
 TOKEN = ("ref_logps", "token_weight", "value")
+TEACHER = ("teacher_input", "teacher_weight", "teacher_bias")
 POLICY = ("old_logps", "advantages", "ref_logps", "sampler_logps")
 CASES = [
     *_both("mle_loss", ("token_weight",)),
@@ -120,6 +125,10 @@ CASES = [
     *_both("kto_loss", ("ref_sums", "desirable"), reduction="none"),
     Case("linear_policy_loss", POLICY),
     Case("linear_policy_loss", POLICY, {"reduction": "none", "loss_type": "gspo", "beta": 0.1}),
+    Case("divergence_loss", ("teacher_logits", "token_weight")),
+    Case("divergence_loss", ("teacher_logits",), {"divergence": "hellinger", "reduction": "none"}),
+    Case("linear_divergence_loss", (*TEACHER, "token_weight")),
+    Case("linear_divergence_loss", TEACHER, {"divergence": "reverse_kl", "reduction": "none"}),
     *_both("token_stats"),
     Case("linear_loss"),
     Case("linear_loss", ("units",)),

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 # A part of fused_losses imports parts of lower rows only; `__init__` is its table of contents.
 LAYERS = (
     {"arguments"},
-    {"stats", "token_losses", "preference", "policy"},
+    {"stats", "token_losses", "preference", "policy", "divergences"},
     {"backends", "reference"},
     {"cost"},
     {"chunk_bytes"},
@@ -42,9 +42,10 @@ ONLY = {
     "stats": set(),
     "arguments": set(),
     "preference": {"arguments"},
+    "divergences": {"arguments"},
     "policy": {"arguments"},
     "token_losses": {"fused_losses_kernels.language", "fused_losses_kernels.elementary"},
-    "reference": {"arguments", "stats", "token_losses", "preference", "policy"},
+    "reference": {"arguments", "stats", "token_losses", "preference", "policy", "divergences"},
 }
 MAX_LINES = 300
 
@@ -241,7 +242,10 @@ def test_no_file_speaks_of_one_machine():
         assert found == [], f"{path.relative_to(ROOT)} holds {found}"
 
 
-LOSSES = ["mle_loss", "pearson_loss", "hellinger_loss", "token_loss", "dpo_loss", "kto_loss"]
+LOSSES = [
+    "mle_loss", "pearson_loss", "hellinger_loss", "token_loss", "dpo_loss", "kto_loss",
+    "divergence_loss",
+]  # fmt: skip
 FUNCTIONS = [
     *LOSSES,
     *(f"linear_{name}" for name in LOSSES),
@@ -257,7 +261,7 @@ PUBLIC = [
     *(
         f"{linear}{loss}Loss"
         for linear in ("", "Linear")
-        for loss in ("MLE", "Pearson", "Hellinger", "DPO", "KTO")
+        for loss in ("MLE", "Pearson", "Hellinger", "DPO", "KTO", "Divergence")
     ),
     "PolicyLoss",
     "LinearPolicyLoss",

@@ -53,9 +53,10 @@ FLAGS = {"shift", "validate", "inplace", "entropy"}
 NUMBERS = {
     "beta", "softcap", "logit_scale", "temperature", "z_loss", "label_smoothing", "max_weight",
     "sft_weight", "value", "num_items", "sft_num_items", "desirable_weight", "undesirable_weight",
-    "kl", "epsilon", "epsilon_high", "entropy_weight", "sampler_cap",
+    "kl", "epsilon", "epsilon_high", "entropy_weight", "sampler_cap", "mle_weight",
+    "teacher_softcap", "teacher_logit_scale",
 }  # fmt: skip
-CHOICES = {"reduction", "backend", "level", "loss_type", "loss"}
+CHOICES = {"reduction", "backend", "level", "loss_type", "loss", "divergence"}
 
 
 def _taken(case: Case, options: set[str]) -> set[str]:

@@ -73,7 +73,7 @@ def test_the_layout_of_what_is_given_per_token_changes_no_bit(
         shapes = [shape for shape in shapes if len(shape) > 1] or [(2, 2)]
     for shape in shapes:
         tensors = case.tensors(shape, device)
-        scores = {"input", "linear_weight", "logits"}
+        scores = {"input", "linear_weight", "logits", "teacher_input", "teacher_weight"}
         strided = {name: t if name in scores else lay_out(t) for name, t in tensors.items()}
         dense = {
             name: t.clone(memory_format=torch.contiguous_format) for name, t in strided.items()

@@ -122,6 +122,18 @@ TWINS: list[tuple[type[nn.Module], Any, tuple[Any, ...], dict[str, Any]]] = [
         {"loss_type": "cispo", "epsilon_high": 1.1},
     ),
     (
+        fused_losses.DivergenceLoss,
+        fused_losses.divergence_loss,
+        (TOKENS[0], TOKENS[0].flip(-1), TOKENS[1]),
+        {"divergence": "jensen_shannon", "mixture": 0.2, "mle_weight": 0.1},
+    ),
+    (
+        fused_losses.LinearDivergenceLoss,
+        fused_losses.linear_divergence_loss,
+        (*HEAD[:2], HEAD[0].flip(-1), HEAD[1], HEAD[2]),
+        {"divergence": "hellinger", "softcap": 5.0, "reduction": "none"},
+    ),
+    (
         fused_losses.PreferenceLoss,
         fused_losses.preference_loss,
         (torch.randn(3), torch.randn(3)),

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fused_losses.backends import Objective, RowMaths
-from fused_losses.engine.captured import refuse_captured_by_token_loss
+from fused_losses.engine.captured import refuse_captured_elementwise
 from fused_losses.plan import LinearShape
 from fused_losses.token_losses import TOKEN_LOSSES, TokenLoss
 
@@ -146,7 +146,7 @@ def _key_of(loss: TokenLoss) -> str:
             "torch.compile (torch.compiler.disable), or use one of "
             f"{', '.join(map(repr, TOKEN_LOSSES))}"
         )
-    refuse_captured_by_token_loss(loss.name, loss.torch_fn)
+    refuse_captured_elementwise(f"torch_fn of loss={loss.name!r}", loss.torch_fn, arguments=1)
     key = f"@{id(loss):x}"
     _users[key] = loss
     return key

@@ -60,20 +60,22 @@ def refuse_detached(function: str, result: Tensor) -> None:
         )
 
 
-def refuse_captured_by_token_loss(name: str, torch_fn: Callable[[Tensor], Any]) -> None:
-    """Raise if a TokenLoss of the user's own has captured a tensor that wants a gradient.
+def refuse_captured_elementwise(
+    function: str, torch_fn: Callable[..., Any], *, arguments: int
+) -> None:
+    """Raise if an elementwise function of the user's own captured a tensor that wants a gradient.
 
     Raises:
-        ValueError: It would get none: operators run below autograd.
+        ValueError: It would get none: what calls it runs below autograd.
     """
     if not torch.is_grad_enabled():
         return
     try:
-        results = torch_fn(torch.zeros(()))
+        results = torch_fn(*[torch.zeros(()) for _ in range(arguments)])
     except Exception:  # it will tell what is wrong where it is run
         return
     if isinstance(results, (tuple, list)):
-        refuse_captured(f"torch_fn of loss={name!r}", torch_fn, results, [])
+        refuse_captured(function, torch_fn, results, [])
 
 
 def _foreign_leaf(

@@ -45,10 +45,13 @@ def logits_sum(
     if plan.has_gradient:
         return _LogitsSum.apply(x, w, bias, y, layout, call, plan, step)
     planned = PlannedCall(x, w, bias, y, layout.positions, call, plan)
-    return _run(planned, layout, step, None), planned.rows
+    return run_steps(planned, layout, step, None), planned.rows
 
 
-def _run(planned: PlannedCall, layout: UnitLayout, step: Step, sums: GradientSums | None) -> Tensor:
+def run_steps(
+    planned: PlannedCall, layout: UnitLayout, step: Step, sums: GradientSums | None
+) -> Tensor:
+    """Run a step on one chunk after another, and add up its losses and their gradients."""
     total = planned.rows.new_zeros(())
     user_autocast = autocast_of(planned.x.device.type)
     with torch.autocast(planned.x.device.type, enabled=False):
@@ -77,7 +80,7 @@ class _LogitsSum(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         planned = PlannedCall(x, w, bias, y, layout.positions, call, plan)
         sums = GradientSums(planned)
-        total = _run(planned, layout, step, sums)
+        total = run_steps(planned, layout, step, sums)
         ctx.save_for_backward(x, w, bias, sums.dx, *sums.head_gradients(w, bias))
         ctx.mark_non_differentiable(planned.rows)
         ctx.set_materialize_grads(False)

@@ -1,5 +1,6 @@
 """The public functions: each checks its arguments, plans, runs, reduces."""
 
+from fused_losses.functional.divergence import divergence_loss, linear_divergence_loss
 from fused_losses.functional.kto import kto_loss, linear_kto_loss
 from fused_losses.functional.linear import (
     linear_dpo_loss,
@@ -34,10 +35,12 @@ __all__ = [
     "PolicyStats",
     "SharedLinearOptions",
     "SharedOptions",
+    "divergence_loss",
     "dpo_loss",
     "explain",
     "hellinger_loss",
     "kto_loss",
+    "linear_divergence_loss",
     "linear_dpo_loss",
     "linear_hellinger_loss",
     "linear_kto_loss",

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 import fused_losses.engine.flop_formulas  # noqa: F401  (registers them)
-from fused_losses.arguments import refuse_unserved
 from fused_losses.backends import Objective, resolve_backend
 from fused_losses.chunk_bytes import tile_bytes, workspace_budget
 from fused_losses.engine.call import Call, HeadOptions, Needs
@@ -20,11 +19,13 @@ from fused_losses.engine.logits_sum import LogitsLoss, differentiated, logits_su
 from fused_losses.engine.main_grad import through_main_grad
 from fused_losses.engine.rows import stats_of
 from fused_losses.engine.unit_sum import UnitLayout, UnitLoss, loss_of_rows, unit_sum
+from fused_losses.functional.head import check_head, compute_dtype
 from fused_losses.functional.observe import report_plan
 from fused_losses.functional.options import Options, parse_options, split_linear
 from fused_losses.functional.sources import lays_out_units, wants_gradient
-from fused_losses.functional.tokens import Tokens, check_device, check_float
+from fused_losses.functional.tokens import Tokens
 from fused_losses.plan import (
+    LinearShape,
     Plan,
     check_budget,
     plan_linear,
@@ -60,9 +61,9 @@ class LinearSource:
             ValueError: Shapes or devices that do not fit, an empty head, a sharded weight.
         """
         bias = linear.get("linear_bias")
-        _check_head(input, linear_weight, bias)
+        check_head(input, linear_weight, bias)
         device = input.device
-        compute = _compute_dtype(input, linear_weight)
+        compute = compute_dtype(input, linear_weight)
         logits_dtype = linear.get("logits_dtype")
         if logits_dtype is None:
             logits_dtype = torch.promote_types(compute, torch.float32) if precise else compute
@@ -108,7 +109,7 @@ class LinearSource:
         entropy: bool,
     ) -> tuple[Tensor, Tensor]:
         """See :class:`Source`."""
-        return self._rows(tokens, self._call(o, entropy=entropy), ref, value)
+        return self._rows(tokens, self.call(o, entropy=entropy), ref, value)
 
     def loss_sum(
         self,
@@ -122,7 +123,7 @@ class LinearSource:
         entropy: bool,
     ) -> tuple[Tensor, Tensor]:
         """See :class:`Source`."""
-        call = self._call(o, entropy=entropy)
+        call = self.call(o, entropy=entropy)
         self._explain(tokens, call, known=True)
         encoded, changing = call.encode()
         total, rows, *_ = linear_loss_sum(
@@ -153,7 +154,7 @@ class LinearSource:
         With a frozen head, without gradients, and where recomputing the rows in backward is cheaper
         or the only way, whole units need not be in one chunk: ``loss_fn`` is called once on all.
         """
-        call = self._call(None, entropy=entropy, entropy_gradient=entropy_gradient)
+        call = self.call(None, entropy=entropy, entropy_gradient=entropy_gradient)
         shape = call.shape(self.input, self.weight)
         if not lays_out_units(tokens):
             _, rows = self._rows(tokens, call, None, None)
@@ -183,11 +184,23 @@ class LinearSource:
             ValueError: A unit does not fit the budget: rows of logits cannot be made again in
                 ranges, as log-probs can.
         """
-        call = self._call(None, entropy=entropy, entropy_gradient=entropy_gradient)
+        call = self.call(None, entropy=entropy, entropy_gradient=entropy_gradient)
         shape = replace(call.shape(self.input, self.weight), whole_logits=True)
+        layout = UnitLayout.of(tokens.y, unit_of, tokens.ignore_index)
+        plan = self.plan_whole_rows(layout, shape)
+        report_plan(lambda: plan)
+        step = differentiated(loss_fn, call, gradient=shape.need_gradient)
+        operands = (self.x, self.weight, self.bias, tokens.y)
+        return logits_sum(*operands, layout, call, plan, step)
+
+    def plan_whole_rows(self, layout: UnitLayout, shape: LinearShape) -> Plan:
+        """Plan chunks of whole units that hold whole rows of logits.
+
+        Raises:
+            ValueError: A unit, or even a row, does not fit the budget.
+        """
         budget = self.head.budget
         check_budget(["unit"], shape, budget)
-        layout = UnitLayout.of(tokens.y, unit_of, tokens.ignore_index)
         plan = plan_units(layout.sizes, shape, budget)
         if plan is None:
             largest = max(layout.sizes)
@@ -197,18 +210,16 @@ class LinearSource:
                 f"{largest} tokens takes {needed} bytes: workspace_bytes={budget} is too small; "
                 "raise it, or give smaller units (none, if loss_fn is additive over tokens)"
             )
-        report_plan(lambda: plan)
-        step = differentiated(loss_fn, call, gradient=shape.need_gradient)
-        operands = (self.x, self.weight, self.bias, tokens.y)
-        return logits_sum(*operands, layout, call, plan, step)
+        return plan
 
     def statistics(self, tokens: Tokens, *, entropy: bool, entropy_gradient: bool = True) -> Tensor:
         """See :class:`Source`."""
         # Whether an entropy will be differentiated is not known before backward: assume it.
-        call = self._call(None, entropy=entropy, entropy_gradient=entropy and entropy_gradient)
+        call = self.call(None, entropy=entropy, entropy_gradient=entropy and entropy_gradient)
         return self._rows(tokens, call, None, None)[1]
 
-    def _call(self, o: Objective | None, *, entropy: bool, entropy_gradient: bool = False) -> Call:
+    def call(self, o: Objective | None, *, entropy: bool, entropy_gradient: bool = False) -> Call:
+        """Describe a call on these hidden states to the engine."""
         return Call(
             self.options.maths,
             o,
@@ -252,41 +263,3 @@ def open_source(
     common, linear = split_linear(given)
     options = parse_options(function, common)
     return LinearSource.of(input, linear_weight, options, linear, precise=precise), options
-
-
-def _compute_dtype(input: Tensor, weight: Tensor) -> torch.dtype:
-    device = input.device.type
-    # The meta device has no autocast to ask for.
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        # Autocast never lowers fp64.
-        if torch.float64 not in (input.dtype, weight.dtype):
-            return _servable(dtype, device)
-    return _servable(torch.promote_types(input.dtype, weight.dtype), device)
-
-
-def _servable(dtype: torch.dtype, device: str) -> torch.dtype:
-    # fp16 products on a CPU are emulated, 50x slower than fp32's.
-    return torch.float32 if dtype == torch.float16 and device == "cpu" else dtype
-
-
-def _check_head(input: Any, weight: Any, bias: Any) -> None:
-    named = {"input": input, "linear_weight": weight}
-    if bias is not None:
-        named["linear_bias"] = bias
-    for name, t in named.items():
-        check_float(name, t)
-        refuse_unserved(name, t)
-        check_device(name, t, "input", input)
-    if weight.dim() != 2:
-        raise ValueError(f"linear_weight must be (V, D), got {tuple(weight.shape)}")
-    V, D = weight.shape
-    if V == 0:
-        raise ValueError("linear_weight has 0 rows; gather it first (a sharded head?)")
-    if input.dim() < 1 or input.shape[-1] != D:
-        raise ValueError(
-            f"input must be (..., D) with linear_weight's hidden size D = {D} (linear_weight is "
-            f"(V, D) = {(V, D)}), got input of shape {tuple(input.shape)}"
-        )
-    if bias is not None and bias.shape != (V,):
-        raise ValueError(f"linear_bias must be (V,) = ({V},), got {tuple(bias.shape)}")

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any, TypeVar, Unpack, cast
+from typing import Any, Unpack
 
-import torch
 from torch import Tensor
 
 from fused_losses.arguments import check_flag, expand_units
@@ -15,20 +14,15 @@ from fused_losses.engine.unit_sum import UnitChunk
 from fused_losses.functional.linear_source import open_source
 from fused_losses.functional.observe import report_stats, statistics_wanted
 from fused_losses.functional.options import SharedLinearOptions, refuse_loss_options
-from fused_losses.functional.sources import lays_out_units
+from fused_losses.functional.sources import eager_only, lays_out_units
 from fused_losses.stats import TokenStats, call_on_stats
 
 LossFunction = (
     Callable[[TokenStats, Tensor], Tensor] | Callable[[TokenStats, Tensor, Tensor], Tensor]
 )
-_F = TypeVar("_F", bound=Callable[..., Any])
-
-_eager_only = cast(
-    "Callable[[_F], _F]",
-    torch.compiler.disable(
-        reason="linear_loss runs loss_fn under autograd and is eager only; compose "
-        "linear_token_stats with your loss to compile it"
-    ),
+_eager_only = eager_only(
+    "linear_loss runs loss_fn under autograd and is eager only; compose "
+    "linear_token_stats with your loss to compile it"
 )
 
 

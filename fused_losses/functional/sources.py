@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -14,6 +15,13 @@ from fused_losses.functional.observe import report_plan
 from fused_losses.functional.tokens import Tokens
 from fused_losses.plan import Plan
 from fused_losses.stats import TokenStats
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def eager_only(reason: str) -> Callable[[_F], _F]:
+    """Keep a function out of ``torch.compile``, which breaks the graph there and says why."""
+    return cast("Callable[[_F], _F]", torch.compiler.disable(reason=reason))
 
 
 class Source(Protocol):

@@ -7,6 +7,7 @@ purpose: the fused functions are tested against it.
 
 from fused_losses.policy import policy_loss
 from fused_losses.preference import preference_loss
+from fused_losses.reference.divergences import divergence_loss, linear_divergence_loss
 from fused_losses.reference.kto import kto_loss
 from fused_losses.reference.linear import (
     linear_dpo_loss,
@@ -29,9 +30,11 @@ from fused_losses.reference.pairs import dpo_loss
 from fused_losses.reference.stats import token_stats
 
 __all__ = [
+    "divergence_loss",
     "dpo_loss",
     "hellinger_loss",
     "kto_loss",
+    "linear_divergence_loss",
     "linear_dpo_loss",
     "linear_hellinger_loss",
     "linear_kto_loss",

@@ -1,0 +1,58 @@
+"""What hidden states and a head must be, a student's or a teacher's, and what computes on them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_losses.arguments import refuse_unserved
+from fused_losses.functional.tokens import check_device, check_float
+
+
+def compute_dtype(input: Tensor, weight: Tensor) -> torch.dtype:
+    """Return the dtype of a product over a head, autocast's where there is one."""
+    device = input.device.type
+    # The meta device has no autocast to ask for.
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        # Autocast never lowers fp64.
+        if torch.float64 not in (input.dtype, weight.dtype):
+            return _servable(dtype, device)
+    return _servable(torch.promote_types(input.dtype, weight.dtype), device)
+
+
+def _servable(dtype: torch.dtype, device: str) -> torch.dtype:
+    # fp16 products on a CPU are emulated, 50x slower than fp32's.
+    return torch.float32 if dtype == torch.float16 and device == "cpu" else dtype
+
+
+_HEAD = ("input", "linear_weight", "linear_bias")
+
+
+def check_head(input: Any, weight: Any, bias: Any, names: tuple[str, str, str] = _HEAD) -> None:
+    """Raise, by the names of the three, unless they are hidden states and a head that fit.
+
+    Raises:
+        TypeError: Dtypes that nothing computes with.
+        ValueError: Shapes or devices that do not fit, an empty head, a sharded weight.
+    """
+    x, w, b = names
+    named = {x: input, w: weight} if bias is None else {x: input, w: weight, b: bias}
+    for name, t in named.items():
+        check_float(name, t)
+        refuse_unserved(name, t)
+        check_device(name, t, x, input)
+    if weight.dim() != 2:
+        raise ValueError(f"{w} must be (V, D), got {tuple(weight.shape)}")
+    V, D = weight.shape
+    if V == 0:
+        raise ValueError(f"{w} has 0 rows; gather it first (a sharded head?)")
+    if input.dim() < 1 or input.shape[-1] != D:
+        raise ValueError(
+            f"{x} must be (..., D) with {w}'s hidden size D = {D} ({w} is "
+            f"(V, D) = {(V, D)}), got {x} of shape {tuple(input.shape)}"
+        )
+    if bias is not None and bias.shape != (V,):
+        raise ValueError(f"{b} must be (V,) = ({V},), got {tuple(bias.shape)}")

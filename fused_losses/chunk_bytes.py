@@ -8,6 +8,7 @@ of hidden states are: gathered or cast, summed, scaled. The engine frees them as
 from __future__ import annotations
 
 import os
+from bisect import bisect_right
 
 import torch
 
@@ -25,6 +26,9 @@ FUNCTION_TENSORS = 4
 # The same of a divergence, of a block of rows: both sides' log-probs, a word's part, its slope, and
 # what these are made of.
 _DIVERGENCE_TENSORS = 9
+
+# Narrower ranges of the vocabulary are not worth a launch.
+_LEAST_COLUMNS = 256
 
 ENVIRONMENT_VARIABLE = "FUSED_LOSSES_WORKSPACE_BYTES"
 DEFAULT_CPU_BYTES = 256 * 2**20
@@ -124,6 +128,29 @@ def divergence_block(backend: str) -> int:
     Small enough for a CPU's cache; where launches are what costs, large.
     """
     return BLOCK_BYTES // 4 if backend == "torch" else 16 * BLOCK_BYTES
+
+
+def least_columns(route: Route, shape: LinearShape) -> int:
+    """Fewest columns of a range."""
+    V = shape.vocabulary
+    return V if shape.takes_whole_rows(route) else min(V, _LEAST_COLUMNS)
+
+
+def least_bytes(route: Route, shape: LinearShape) -> int:
+    """Bytes of the smallest tile of a route."""
+    return tile_bytes(1, least_columns(route, shape), route, shape)
+
+
+def most_rows(tokens: int, columns: int, route: Route, shape: LinearShape, budget: int) -> int:
+    """Most rows of so many columns that fit the budget, up to ``tokens``."""
+    sizes = range(1, tokens + 1)
+    return bisect_right(sizes, budget, key=lambda rows: tile_bytes(rows, columns, route, shape))
+
+
+def most_columns(rows: int, route: Route, shape: LinearShape, budget: int) -> int:
+    """Most columns of so many rows that fit the budget, up to all."""
+    sizes = range(1, shape.vocabulary + 1)
+    return bisect_right(sizes, budget, key=lambda columns: tile_bytes(rows, columns, route, shape))
 
 
 def workspace_budget(workspace_bytes: int | None, device: torch.device) -> int:

@@ -82,6 +82,8 @@ class LinearShape:
     entropy: bool = False
     entropy_gradient: bool = False
     input_dtype: torch.dtype | None = None  # None: as compute_dtype
+    weight_dtype: torch.dtype | None = None  # None: as compute_dtype
+    accum_dtype: torch.dtype = torch.float32  # of sums over chunks
     all_rows: bool = False  # no label is ignored, so hidden states are read where they lie
     whole_logits: bool = False  # the loss is a function of whole rows of logits, not of log-probs
     teacher_hidden: int = 0  # hidden size of a teacher whose logits stand beside them; 0: none
@@ -133,9 +135,39 @@ class LinearShape:
         return max(self.teacher_dtype.itemsize, 4)
 
     @property
+    def sums_wider(self) -> bool:
+        """Whether a sum of the head's gradient over chunks is wider than that of a single one."""
+        of_one, of_several = (sum_dtype(self.compute_dtype, self.accum_dtype, n) for n in (1, 2))
+        return of_one != of_several
+
+    @property
     def accumulator_bytes(self) -> int:
         """Bytes of a number that is summed over chunks or ranges."""
         return max(self.compute_dtype.itemsize, 4)
+
+
+def sum_dtype(compute: torch.dtype, accum: torch.dtype, chunks: int) -> torch.dtype:
+    """Return the dtype in which a head's gradient is summed over chunks; one is no sum."""
+    # fp16 has no room for a gradient that still lacks the factor 1 / count.
+    if compute == torch.float16:
+        return torch.float32
+    return compute if chunks == 1 else torch.promote_types(compute, accum)
+
+
+def peak_bytes(shape: LinearShape, chunks: int, workspace: int) -> int:
+    """Bytes that a call holds at its highest: workspace and what belongs to the head.
+
+    That is its copy in the operands' dtype where it is stored in another, and its gradient, summed
+    in ``sum_dtype`` and rounded when the workspace is gone.
+    """
+    head, compute = shape.vocabulary * shape.hidden, shape.compute_dtype
+    own = shape.weight_dtype or compute
+    cast = head * compute.itemsize if own != compute else 0
+    if not shape.need_dw:
+        return workspace + cast
+    summed = sum_dtype(compute, shape.accum_dtype, chunks)
+    rounded = head * own.itemsize if summed != own else 0
+    return cast + head * summed.itemsize + max(workspace, rounded)
 
 
 def steps_of(route: Route, shape: LinearShape) -> tuple[Step, ...]:

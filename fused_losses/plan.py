@@ -14,20 +14,31 @@ head is 2 N D V FLOPs, N the labels that are not ignored. The routes of the line
 "token" and "unit" take whole rows, chunks of tokens; the others tiles, of chunks and ranges. Where
 several would do, ``cost`` decides, written down in :mod:`fused_losses.cost`: on a tight budget
 making the logits twice is cheaper than many chunks, each of which reads the head and adds to dW.
+
+The budget bounds the workspace. Several chunks of 16-bit operands hold an fp32 sum of dW beside it;
+one needs none, and is taken, whatever the budget, where in all it holds no more.
 """
 
 from __future__ import annotations
 
 import functools
-from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 
 from fused_losses.backends.base import BLOCK_BYTES
-from fused_losses.chunk_bytes import tile_bytes
-from fused_losses.cost import LinearShape, Route, Step, bytes_moved, cost, flops, steps_of
+from fused_losses.chunk_bytes import least_bytes, least_columns, most_columns, most_rows, tile_bytes
+from fused_losses.cost import (
+    LinearShape,
+    Route,
+    Step,
+    bytes_moved,
+    cost,
+    flops,
+    peak_bytes,
+    steps_of,
+)
 
 __all__ = [
     "LinearShape",
@@ -43,8 +54,8 @@ __all__ = [
 
 # Rows and columns of tiles: what matrix units and 16-byte accesses like.
 _MULTIPLE = 128
-# Narrower ranges of the vocabulary are not worth a launch.
-_LEAST_COLUMNS = 256
+# What one chunk may hold of what several hold in all.
+_NO_MORE = 1.05
 
 
 @dataclass(frozen=True)
@@ -64,7 +75,8 @@ class Plan:
         cost: All of it in FLOPs; what decides between plans.
         workspace_bytes: Bytes that a chunk holds: logits, their gradient, row-pass scratch, and its
             rows' copies of hidden states and results.
-        budget_bytes: The budget that the chunks were fitted to.
+        peak_bytes: Bytes at the highest of workspace, the head's gradient and its wider sum.
+        budget_bytes: What chunks were fitted to; one chunk may take more, see the module.
         steps: What runs per chunk and range of columns, in order.
     """
 
@@ -79,6 +91,7 @@ class Plan:
     bytes_moved: int
     cost: float
     workspace_bytes: int
+    peak_bytes: int
     budget_bytes: int
     steps: tuple[Step, ...]
 
@@ -106,8 +119,8 @@ class Plan:
             sizes += f", {len(self.columns)} ranges of up to {max(self.columns)} words"
         return (
             f"{self.route} route on {self.backend}: {self.tokens} tokens x {self.vocabulary}, "
-            f"{sizes}{gemms}, workspace {self.workspace_bytes / 2**20:.1f} MiB; "
-            + " > ".join(self.kernels)
+            f"{sizes}{gemms}, workspace {self.workspace_bytes / 2**20:.1f} MiB, "
+            f"with dW at most {self.peak_bytes / 2**20:.1f} MiB; " + " > ".join(self.kernels)
         )
 
 
@@ -146,7 +159,8 @@ def plan_linear(routes: Sequence[Route], tokens: int, shape: LinearShape, budget
         routes = [route for route in routes if route == _forced.get()]
     check_budget(routes, shape, budget)
     plans = [_cheapest(route, tokens, shape, budget) for route in routes]
-    return min([plan for plan in plans if plan is not None], key=_cost)
+    cheapest = min([plan for plan in plans if plan is not None], key=_cost)
+    return _in_one(cheapest, shape)
 
 
 def check_budget(routes: Sequence[Route], shape: LinearShape, budget: int) -> None:
@@ -157,7 +171,7 @@ def check_budget(routes: Sequence[Route], shape: LinearShape, budget: int) -> No
     """
     # Whatever labels a batch has: what works for one works for the next.
     shape = replace(shape, all_rows=False)
-    least = min([_least_bytes(route, shape) for route in routes])
+    least = min([least_bytes(route, shape) for route in routes])
     if budget < least:
         raise ValueError(
             f"workspace_bytes={budget} is too small for a head of {shape.vocabulary} words; "
@@ -171,7 +185,7 @@ def plan_units(sizes: Sequence[int], shape: LinearShape, budget: int) -> Plan | 
     None if a unit does not fit the budget, or if recomputation, where it would do, is cheaper.
     """
     V = shape.vocabulary
-    most = _most_rows(max(sum(sizes), 1), V, "unit", shape, budget)
+    most = most_rows(max(sum(sizes), 1), V, "unit", shape, budget)
     chunks: list[int] = []
     for size in sizes:
         if size > most:
@@ -184,7 +198,9 @@ def plan_units(sizes: Sequence[int], shape: LinearShape, budget: int) -> Plan | 
     other = None
     if not shape.whole_logits and _forced.get() != "unit":
         other = _cheapest("recompute", sum(sizes), shape, budget)
-    return plan if other is None or plan.cost <= other.cost else None
+    if other is not None and other.cost < plan.cost:
+        return None
+    return _in_one(plan, shape)
 
 
 def plan_logits(tokens: int, vocabulary: int, backend: str, *, need_gradient: bool) -> Plan:
@@ -203,6 +219,7 @@ def plan_logits(tokens: int, vocabulary: int, backend: str, *, need_gradient: bo
         bytes_moved=0,
         cost=0.0,
         workspace_bytes=scratch,
+        peak_bytes=scratch,
         budget_bytes=scratch,
         steps=steps,
     )
@@ -212,23 +229,33 @@ def plan_logits(tokens: int, vocabulary: int, backend: str, *, need_gradient: bo
 def _cheapest(route: Route, tokens: int, shape: LinearShape, budget: int) -> Plan | None:
     """The cheapest way to cut a route's logits into tiles that fit; None if none does."""
     V = shape.vocabulary
-    if _least_bytes(route, shape) > budget:
+    if least_bytes(route, shape) > budget:
         return None
     if not tokens:
         return _plan(route, 0, shape, budget, (), (V,))
     if shape.takes_whole_rows(route) or tile_bytes(tokens, V, route, shape) <= budget:
-        chunks = _evenly(tokens, _most_rows(tokens, V, route, shape, budget))
+        chunks = _evenly(tokens, most_rows(tokens, V, route, shape, budget))
         return _plan(route, tokens, shape, budget, chunks, (V,))
     plans = []
     parts = 1
     while parts < 2 * tokens:
         rows = -(-tokens // min(parts, tokens))
-        most = _most_columns(rows, route, shape, budget)
-        if most >= _least_columns(route, shape):
+        most = most_columns(rows, route, shape, budget)
+        if most >= least_columns(route, shape):
             chunks, columns = _evenly(tokens, rows), _evenly(V, most)
             plans.append(_plan(route, tokens, shape, budget, chunks, columns))
         parts *= 2
     return min(plans, key=_cost)
+
+
+def _in_one(plan: Plan, shape: LinearShape) -> Plan:
+    """Take one chunk instead of several whose dW is summed, if in all it holds no more."""
+    whole_rows = plan.route in ("token", "unit")
+    if len(plan.chunks) < 2 or not (whole_rows and shape.need_dw and shape.sums_wider):
+        return plan
+    tokens, columns = (plan.tokens,), plan.columns
+    one = _plan(plan.route, plan.tokens, shape, plan.budget_bytes, tokens, columns)
+    return one if one.peak_bytes <= _NO_MORE * plan.peak_bytes else plan
 
 
 def _cost(plan: Plan) -> float:
@@ -243,6 +270,7 @@ def _plan(
     chunks: tuple[int, ...],
     columns: tuple[int, ...],
 ) -> Plan:
+    workspace = tile_bytes(max(chunks, default=0), max(columns), route, shape)
     return Plan(
         route=route,
         backend=shape.backend,
@@ -254,7 +282,8 @@ def _plan(
         flops=flops(route, tokens, shape),
         bytes_moved=bytes_moved(route, tokens, shape, len(chunks), len(columns)),
         cost=cost(route, tokens, shape, len(chunks), len(columns)),
-        workspace_bytes=tile_bytes(max(chunks, default=0), max(columns), route, shape),
+        workspace_bytes=workspace,
+        peak_bytes=peak_bytes(shape, len(chunks), workspace),
         budget_bytes=budget,
         steps=steps_of(route, shape),
     )
@@ -267,24 +296,3 @@ def _evenly(total: int, most: int) -> tuple[int, ...]:
     if rounded <= most:
         size = rounded
     return tuple(min(size, total - start) for start in range(0, total, size))
-
-
-def _least_columns(route: Route, shape: LinearShape) -> int:
-    V = shape.vocabulary
-    return V if shape.takes_whole_rows(route) else min(V, _LEAST_COLUMNS)
-
-
-def _least_bytes(route: Route, shape: LinearShape) -> int:
-    return tile_bytes(1, _least_columns(route, shape), route, shape)
-
-
-def _most_rows(tokens: int, columns: int, route: Route, shape: LinearShape, budget: int) -> int:
-    """Most rows of so many columns that fit the budget, up to ``tokens``."""
-    sizes = range(1, tokens + 1)
-    return bisect_right(sizes, budget, key=lambda rows: tile_bytes(rows, columns, route, shape))
-
-
-def _most_columns(rows: int, route: Route, shape: LinearShape, budget: int) -> int:
-    """Most columns of so many rows that fit the budget, up to all."""
-    sizes = range(1, shape.vocabulary + 1)
-    return bisect_right(sizes, budget, key=lambda columns: tile_bytes(rows, columns, route, shape))

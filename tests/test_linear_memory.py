@@ -189,6 +189,25 @@ def test_a_16_bit_weight_gradient_takes_one_fp32_accumulator(name: str) -> None:
     assert max(events) < N * V * 4
 
 
+@pytest.mark.parametrize(
+    ("name", "hidden"),
+    [("mle", 16), ("mle", 600), ("hellinger", 16), ("hellinger", 600), ("dpo", 16)],
+)
+def test_the_peak_that_is_explained_is_that_of_the_allocator(name: str, hidden: int) -> None:
+    batch = head_batch((B, T), hidden, V, dtype=torch.bfloat16)
+    ref = near_reference(batch)
+    batch = batch.leaves()
+    budget = {"workspace_bytes": 2 * BUDGET if name == "dpo" else BUDGET}  # a pair must fit
+    fn, args, options = _arguments(name, batch, ref, **budget)
+    plan = fused_losses.explain(fn, *args, **options)
+    # Fewer tokens than hidden units, or many more.
+    assert (len(plan.chunks) == 1) == (hidden == 600)
+    assert (plan.workspace_bytes > plan.budget_bytes) == (hidden == 600)
+    dx = batch.x.numel() * 2
+    found = peak(memory_events(lambda: _run(name, batch, ref, **budget))) - dx
+    assert 0.8 * plan.peak_bytes <= found <= plan.peak_bytes + UPCAST + SLACK
+
+
 @each_call
 def test_explained_bytes_fit_the_budget_and_are_what_is_taken(name: str) -> None:
     batch = head_batch((B, T), D, V)

@@ -102,6 +102,8 @@ class Call:
             entropy=self.entropy,
             entropy_gradient=head.entropy_gradient,
             input_dtype=input.dtype,
+            weight_dtype=weight.dtype,
+            accum_dtype=head.accum_dtype,
         )
 
     def encode(self) -> tuple[str, Tensor | None]:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fused_losses.cost import sum_dtype
+
 EVERYTHING = slice(None)
 
 # Bytes of upcast vocabulary at a time, where a device has no mixed-precision product.
@@ -69,13 +71,7 @@ class HeadGradient:
     ) -> None:
         compute = head.compute_dtype
         wide = torch.promote_types(compute, torch.float32)
-        # fp16 has no room for a gradient that still lacks the factor 1 / count.
-        if compute == torch.float16:
-            dtype = wide
-        elif chunks == 1:
-            dtype = compute
-        else:
-            dtype = torch.promote_types(compute, accum_dtype)
+        dtype = sum_dtype(compute, accum_dtype, chunks)
         make = torch.zeros_like if chunks == 0 else torch.empty_like
         # Contiguous, as the fakes of the operators promise, whatever the weight is.
         form = torch.contiguous_format

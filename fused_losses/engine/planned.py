@@ -119,7 +119,7 @@ class PlannedCall:
         plan, head = self.plan, self.head
         elements = max(plan.chunks, default=0) * max(plan.columns)
         gradient = head.compute_dtype if plan.has_gradient else None
-        spare = plan.budget_bytes - plan.workspace_bytes
+        spare = max(plan.budget_bytes - plan.workspace_bytes, 0)
         with ExitStack() as stack:
             try:
                 tile = stack.enter_context(

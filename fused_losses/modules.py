@@ -147,6 +147,12 @@ class LinearDivergenceLoss(_Loss):
     function = staticmethod(F.linear_divergence_loss)
 
 
+class LinearSparseDivergenceLoss(_Loss):
+    """Module of :func:`fused_losses.linear_sparse_divergence_loss`."""
+
+    function = staticmethod(F.linear_sparse_divergence_loss)
+
+
 class LinearKTOLoss(_Loss):
     """Module of :func:`fused_losses.linear_kto_loss`."""
 

@@ -78,6 +78,8 @@ class Case:
             "teacher_input": torch.randn(*shape, D + 1),
             "teacher_weight": torch.randn(V, D + 1),
             "teacher_bias": torch.randn(V),
+            "teacher_ids": torch.rand(*shape, V).topk(3).indices,
+            "teacher_logps": torch.randn(*shape, V).log_softmax(-1)[..., :3],
         }
         made["target"].view(-1)[-1:] = -100
         if "segment_ids" in self.takes:  # how many sequences there are is data: one value for all
@@ -110,6 +112,7 @@ def _both(name: str, takes: tuple[str, ...] = (), **options: Any) -> list[Case]:
 
 
 TOKEN = ("ref_logps", "token_weight", "value")
+SPARSE = ("teacher_ids", "teacher_logps")
 TEACHER = ("teacher_input", "teacher_weight", "teacher_bias")
 POLICY = ("old_logps", "advantages", "ref_logps", "sampler_logps")
 CASES = [
@@ -129,6 +132,8 @@ CASES = [
     Case("divergence_loss", ("teacher_logits",), {"divergence": "hellinger", "reduction": "none"}),
     Case("linear_divergence_loss", (*TEACHER, "token_weight")),
     Case("linear_divergence_loss", TEACHER, {"divergence": "reverse_kl", "reduction": "none"}),
+    Case("linear_sparse_divergence_loss", (*SPARSE, "token_weight")),
+    Case("linear_sparse_divergence_loss", SPARSE, {"rest": "bucket", "reduction": "none"}),
     *_both("token_stats"),
     Case("linear_loss"),
     Case("linear_loss", ("units",)),

@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = (
     {"arguments"},
     {"stats", "token_losses", "preference", "policy", "divergences"},
+    {"sparse_teacher"},
     {"backends", "reference"},
     {"cost"},
     {"chunk_bytes"},
@@ -43,9 +44,11 @@ ONLY = {
     "arguments": set(),
     "preference": {"arguments"},
     "divergences": {"arguments"},
+    "sparse_teacher": {"arguments", "divergences"},
     "policy": {"arguments"},
     "token_losses": {"fused_losses_kernels.language", "fused_losses_kernels.elementary"},
-    "reference": {"arguments", "stats", "token_losses", "preference", "policy", "divergences"},
+    "reference": {"arguments", "stats", "token_losses", "preference", "policy"}
+    | {"divergences", "sparse_teacher"},
 }
 MAX_LINES = 300
 
@@ -252,6 +255,7 @@ FUNCTIONS = [
     "token_stats",
     "linear_token_stats",
     "linear_loss",
+    "linear_sparse_divergence_loss",
     "preference_loss",
     "policy_loss",
     "linear_policy_loss",
@@ -265,6 +269,8 @@ PUBLIC = [
     ),
     "PolicyLoss",
     "LinearPolicyLoss",
+    "LinearSparseDivergenceLoss",
+    "Divergence",
     "TOKEN_LOSSES",
     "TokenLoss",
     "TokenStats",

@@ -56,7 +56,7 @@ NUMBERS = {
     "kl", "epsilon", "epsilon_high", "entropy_weight", "sampler_cap", "mle_weight",
     "teacher_softcap", "teacher_logit_scale",
 }  # fmt: skip
-CHOICES = {"reduction", "backend", "level", "loss_type", "loss", "divergence"}
+CHOICES = {"reduction", "backend", "level", "loss_type", "loss", "divergence", "rest"}
 
 
 def _taken(case: Case, options: set[str]) -> set[str]:

@@ -134,6 +134,17 @@ TWINS: list[tuple[type[nn.Module], Any, tuple[Any, ...], dict[str, Any]]] = [
         {"divergence": "hellinger", "softcap": 5.0, "reduction": "none"},
     ),
     (
+        fused_losses.LinearSparseDivergenceLoss,
+        fused_losses.linear_sparse_divergence_loss,
+        (
+            *HEAD[:2],
+            torch.arange(HEAD[2].numel() * 2).view(*HEAD[2].shape, 2) % HEAD[1].shape[0],
+            torch.full((*HEAD[2].shape, 2), -1.0),
+            HEAD[2],
+        ),
+        {"rest": "bucket", "divergence": "jensen_shannon", "mixture": 0.3},
+    ),
+    (
         fused_losses.PreferenceLoss,
         fused_losses.preference_loss,
         (torch.randn(3), torch.randn(3)),

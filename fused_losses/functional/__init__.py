@@ -25,6 +25,7 @@ from fused_losses.functional.options import (
 )
 from fused_losses.functional.own_loss import linear_loss
 from fused_losses.functional.policy import linear_policy_loss
+from fused_losses.functional.sparse_divergence import linear_sparse_divergence_loss
 from fused_losses.functional.statistics import linear_token_stats, token_stats
 
 __all__ = [
@@ -48,6 +49,7 @@ __all__ = [
     "linear_mle_loss",
     "linear_pearson_loss",
     "linear_policy_loss",
+    "linear_sparse_divergence_loss",
     "linear_token_loss",
     "linear_token_stats",
     "mle_loss",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any, Unpack
 
 import torch
@@ -11,13 +10,11 @@ from torch import Tensor
 from fused_losses.arguments import check_number, refuse_gradient, refuse_unserved
 from fused_losses.backends import RowMaths, lines
 from fused_losses.divergences import Divergence, DivergenceName, check_divergence, check_teacher
-from fused_losses.engine.call import Needs
 from fused_losses.engine.captured import refuse_captured_elementwise
 from fused_losses.engine.divergence_rows import DivergenceCall, logits_divergence
 from fused_losses.engine.head import Head
-from fused_losses.engine.logits_sum import Step, logits_sum
-from fused_losses.engine.teacher import Teacher, divergence_step, each_divergence
-from fused_losses.engine.unit_sum import UnitLayout
+from fused_losses.engine.logits_sum import Step
+from fused_losses.engine.teacher import Teacher, divergence_step
 from fused_losses.functional.head import check_head, compute_dtype
 from fused_losses.functional.linear_source import LinearSource, open_source
 from fused_losses.functional.logits_source import LogitsSource
@@ -28,8 +25,9 @@ from fused_losses.functional.options import (
     SharedOptions,
     parse_options,
 )
+from fused_losses.functional.row_losses import reduced, token_losses_of_rows
 from fused_losses.functional.sources import eager_only, lays_out_units, wants_gradient
-from fused_losses.functional.tokens import Tokens, check_device, check_float, mean_factor
+from fused_losses.functional.tokens import check_device, check_float
 from fused_losses.plan import plan_logits
 
 _TEACHER = ("teacher_input", "teacher_weight", "teacher_bias")
@@ -116,7 +114,7 @@ def divergence_loss(
     weight = tokens.weight(options.token_weight)
     if not lays_out_units(tokens):
         each = source.statistics(tokens, entropy=False)[lines.LOGP]
-        return _reduced(each, weight, tokens, options)
+        return reduced(each, weight, tokens, options)
     gradient = wants_gradient(logits)
     report_plan(lambda: plan_logits(tokens.count(), V, source.backend, need_gradient=gradient))
     entropy = statistics_wanted()
@@ -129,7 +127,7 @@ def divergence_loss(
         inplace=inplace,
     )
     report_stats(lambda: tokens.stats(rows, entropy=entropy))
-    return _reduced(each, weight, tokens, options)
+    return reduced(each, weight, tokens, options)
 
 
 @_eager_only
@@ -182,62 +180,20 @@ def linear_divergence_loss(
     source, options = open_source(
         linear_divergence_loss, input, linear_weight, common, precise=True
     )
-    call = _call(
+    asked = _call(
         options, source.backend, divergence, mixture, mle_weight, teacher_softcap,
         teacher_logit_scale,
     )  # fmt: skip
     teacher = _teacher(source, teacher_input, teacher_weight, teacher_bias)
-    tokens = source.tokens(target)
-    weight = tokens.weight(options.token_weight)
-    if not lays_out_units(tokens):
-        each = source.statistics(tokens, entropy=False)[lines.LOGP]
-        return _reduced(each, weight, tokens, options)
-    entropy = statistics_wanted()
-    each, rows = _of_hidden(source, teacher, tokens, weight, call, options, entropy=entropy)
-    report_stats(lambda: tokens.stats(rows, entropy=entropy))
-    if options.reduction == "none":
-        return _reduced(each, weight, tokens, options)
-    return each * mean_factor(tokens.counted.sum(), options).to(each.dtype)
-
-
-def _of_hidden(
-    source: LinearSource,
-    teacher: Teacher,
-    tokens: Tokens,
-    weight: Tensor | None,
-    asked: DivergenceCall,
-    options: Options,
-    *,
-    entropy: bool,
-) -> tuple[Tensor, Tensor]:
-    """Return the weighted sum of the losses or, unreduced, each (N,); and row results."""
-    layout = UnitLayout.of(tokens.y, None, tokens.ignore_index)
-    call = source.call(None, entropy=entropy)
-    width, dtype = teacher.x.shape[-1], teacher.head.compute_dtype
-    operands = (source.x, source.weight, source.bias, tokens.y, layout, call)
-
-    def shape(needs: Needs | None) -> Any:
-        plain = call.shape(source.input, source.weight, needs)
-        return replace(plain, whole_logits=True, teacher_hidden=width, teacher_dtype=dtype)
 
     def step(weight: Tensor, each: Tensor, gradient: bool) -> Step:
         return divergence_step(teacher, weight, each, asked, gradient=gradient)
 
-    trained = shape(None)
-    plan = source.plan_whole_rows(layout, trained)
-    if options.reduction == "none" and trained.need_gradient:
-        forward = source.plan_whole_rows(layout, shape(Needs(False, False, False)))
-        fields = ("flops", "bytes_moved", "cost")
-        sums = {name: getattr(plan, name) + getattr(forward, name) for name in fields}
-        both = replace(plan, **sums)
-        report_plan(lambda: both)
-        return each_divergence(*operands, (forward, plan), step)
-    report_plan(lambda: plan)
-    of_row = torch.promote_types(call.linear.logits_dtype, torch.float32)
-    each = torch.zeros(tokens.y.shape, dtype=of_row, device=tokens.y.device)
-    own = torch.ones_like(each) if weight is None else weight
-    total, rows = logits_sum(*operands, plan, step(own, each, trained.need_gradient))
-    return (each if options.reduction == "none" else total), rows
+    width, dtype = teacher.x.shape[-1], teacher.head.compute_dtype
+    call = source.call(None, entropy=statistics_wanted())
+    tokens = source.tokens(target)
+    more = {"teacher_hidden": width, "teacher_dtype": dtype}
+    return token_losses_of_rows(source, tokens, options, call, step, **more)
 
 
 def _call(
@@ -288,12 +244,3 @@ def _batched(z: Tensor) -> Tensor:
     while z.dim() < 3:
         z = z[None]
     return z if z.dim() == 3 else z.flatten(0, -3)
-
-
-def _reduced(each: Tensor, weight: Tensor | None, tokens: Tokens, options: Options) -> Tensor:
-    """Weigh and reduce losses of tokens (N,)."""
-    if weight is not None:
-        each = each * weight.to(each.dtype)
-    if options.reduction == "none":
-        return tokens.restore(each)
-    return each.sum() * mean_factor(tokens.counted.sum(), options).to(each.dtype)

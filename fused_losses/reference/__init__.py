@@ -7,7 +7,11 @@ purpose: the fused functions are tested against it.
 
 from fused_losses.policy import policy_loss
 from fused_losses.preference import preference_loss
-from fused_losses.reference.divergences import divergence_loss, linear_divergence_loss
+from fused_losses.reference.divergences import (
+    divergence_loss,
+    linear_divergence_loss,
+    linear_sparse_divergence_loss,
+)
 from fused_losses.reference.kto import kto_loss
 from fused_losses.reference.linear import (
     linear_dpo_loss,
@@ -42,6 +46,7 @@ __all__ = [
     "linear_mle_loss",
     "linear_pearson_loss",
     "linear_policy_loss",
+    "linear_sparse_divergence_loss",
     "linear_token_loss",
     "linear_token_stats",
     "mle_loss",

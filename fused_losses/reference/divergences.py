@@ -12,6 +12,12 @@ from fused_losses.arguments import WEIGHT_CURE, check_flag, check_number, refuse
 from fused_losses.divergences import Divergence, DivergenceName, check_divergence, check_teacher
 from fused_losses.reference.rows import linear_logits, reduce
 from fused_losses.reference.stats import counted
+from fused_losses.sparse_teacher import (
+    Rest,
+    SparseDivergence,
+    check_sparse_numbers,
+    check_sparse_teacher,
+)
 
 
 def divergence_loss(
@@ -45,31 +51,51 @@ def divergence_loss(
         As ``mle_loss``.
     """
     chosen = check_divergence(divergence, mixture)
-    mle_weight = check_number("mle_weight", mle_weight, low=0.0, closed=True)
-    z_loss = check_number("z_loss", common.pop("z_loss", 0.0), low=0.0, closed=True)
-    if check_number("label_smoothing", common.pop("label_smoothing", 0.0)):
-        raise ValueError("label_smoothing is not taken by divergences; leave it at 0.0")
-    reduction, num_items = common.pop("reduction", "mean"), common.pop("num_items", None)
-    token_weight = common.pop("token_weight", None)
-    if reduction != "none":
-        refuse_gradient("token_weight", token_weight, WEIGHT_CURE)
     if teacher_softcap is not None:
         teacher_softcap = check_number("teacher_softcap", teacher_softcap, low=0.0)
     teacher_logit_scale = check_number("teacher_logit_scale", teacher_logit_scale, low=0.0)
     V, leading = logits.shape[-1], logits.shape[:-1]
     check_teacher(V, teacher_logits.shape[-1], leading, teacher_logits, "teacher_logits")
     theirs = {"softcap": teacher_softcap, "logit_scale": teacher_logit_scale}
-    rows, z, y = counted(logits, target, **common)
-    _, teacher_z, _ = counted(teacher_logits.detach(), target, **{**common, **theirs})
+    transform, rest = _split(common)
+    rows, z, y = counted(logits, target, **transform)
+    _, teacher_z, _ = counted(teacher_logits.detach(), target, **{**transform, **theirs})
     logp = z.log_softmax(-1)
     logq = teacher_z.to(z.dtype).log_softmax(-1)
     term = _FORMULAS[chosen.name] if isinstance(divergence, str) else _own(chosen)
-    losses = term(logp, logq, mixture).sum(-1)
-    losses = losses - mle_weight * logp.gather(-1, y[:, None])[:, 0]
-    losses = losses + z_loss * z.logsumexp(-1) ** 2
+    return _finish(term(logp, logq, mixture).sum(-1), z, y, rows, target, mle_weight, rest)
+
+
+def _split(common: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Split options into those of the transform and those of the reduction, checked."""
+    names = ("reduction", "num_items", "token_weight", "z_loss", "label_smoothing")
+    rest = {name: common[name] for name in names if name in common}
+    if check_number("label_smoothing", rest.pop("label_smoothing", 0.0)):
+        raise ValueError("label_smoothing is not taken by divergences; leave it at 0.0")
+    check_number("z_loss", rest.get("z_loss", 0.0), low=0.0, closed=True)
+    return {name: value for name, value in common.items() if name not in names}, rest
+
+
+def _finish(
+    losses: Tensor,
+    z: Tensor,
+    y: Tensor,
+    rows: Tensor,
+    target: Tensor,
+    mle_weight: float,
+    options: dict[str, Any],
+) -> Tensor:
+    """Add what stands beside a divergence, weigh, and reduce."""
+    mle_weight = check_number("mle_weight", mle_weight, low=0.0, closed=True)
+    reduction, token_weight = options.get("reduction", "mean"), options.get("token_weight")
+    if reduction != "none":
+        refuse_gradient("token_weight", token_weight, WEIGHT_CURE)
+    if mle_weight:
+        losses = losses - mle_weight * z.log_softmax(-1).gather(-1, y[:, None])[:, 0]
+    losses = losses + float(options.get("z_loss", 0.0)) * z.logsumexp(-1) ** 2
     if token_weight is not None:
         losses = losses * token_weight.reshape(-1)[rows].to(z.dtype)
-    return reduce(losses, rows, target.shape, reduction, num_items)
+    return reduce(losses, rows, target.shape, reduction, options.get("num_items"))
 
 
 def linear_divergence_loss(
@@ -118,6 +144,79 @@ def linear_divergence_loss(
     logits = linear_logits(input, linear_weight, target, linear_bias, *which)
     teacher_logits = linear_logits(teacher_input, teacher_weight, target, teacher_bias, *which)
     return divergence_loss(logits, teacher_logits, target, **options)
+
+
+def linear_sparse_divergence_loss(
+    input: Tensor,
+    linear_weight: Tensor,
+    teacher_ids: Tensor,
+    teacher_logps: Tensor,
+    target: Tensor,
+    *,
+    divergence: DivergenceName = "forward_kl",
+    mixture: float = 0.5,
+    rest: Rest = "ignore",
+    mle_weight: float = 0.0,
+    linear_bias: Tensor | None = None,
+    workspace_bytes: int | None = None,
+    accum_dtype: torch.dtype = torch.float32,
+    logits_dtype: torch.dtype | None = None,
+    **options: Any,
+) -> Tensor:
+    """``divergence_loss`` from a teacher of whom K words of each position are known.
+
+    Args:
+        input: (..., D) hidden states of the student.
+        linear_weight: (V, D), the student's head.
+        teacher_ids: (..., K) integers.
+        teacher_logps: (..., K), log-probs over the teacher's whole vocabulary.
+        target: (...), int64 or int32.
+        divergence: As in ``divergence_loss``, by name.
+        mixture: As in ``divergence_loss``.
+        rest: ``ignore``: the K words' part of KL(q || p); ``renormalise``: q sums to one over
+            them; ``bucket``: all other words are one more.
+        mle_weight: As in ``divergence_loss``.
+        linear_bias: (V,), of the student's head.
+        workspace_bytes: Has no effect here.
+        accum_dtype: Has no effect here.
+        logits_dtype: Has no effect here.
+        **options: As in ``divergence_loss``.
+
+    Returns:
+        As ``divergence_loss``.
+    """
+    SparseDivergence.of(divergence, mixture, rest)
+    if "inplace" in options:
+        raise TypeError("inplace belongs to the functions of logits")
+    check_flag("shift", options.get("shift", False))
+    V, K = linear_weight.shape[0], teacher_ids.shape[-1]
+    check_sparse_teacher(teacher_ids, teacher_logps, input.shape[:-1], V)
+    transform, others = _split(options)
+    ignore_index, shift = options.get("ignore_index", -100), options.get("shift", False)
+    logits = linear_logits(input, linear_weight, target, linear_bias, ignore_index, shift)
+    rows, z, y = counted(logits, target, **transform)
+    ids = teacher_ids.reshape(-1, K)[rows - int(shift)].long()
+    logq = teacher_logps.detach().reshape(-1, K)[rows - int(shift)].to(z.dtype)
+    check_sparse_numbers(ids, logq, V)
+    q = logq.exp()
+    if rest == "renormalise":
+        q = q / q.sum(-1, keepdim=True)
+    # Over all words, 0 where the teacher names none; at least 0, as words that fill up may repeat.
+    full = torch.zeros_like(z).scatter_add(-1, ids, q)
+    logp = z.log_softmax(-1)
+    term = _FORMULAS[divergence]
+    named = full > 0
+    if rest == "bucket":
+        part = lambda t: (t * ~named).sum(-1, keepdim=True)  # noqa: E731
+        least = torch.finfo(z.dtype).tiny
+        p_rest = part(logp.exp()).clamp(min=least).log()
+        q_rest = (1.0 - q.sum(-1, keepdim=True)).clamp(min=least).log()
+        losses = term(p_rest, q_rest, mixture).sum(-1)
+    else:
+        losses = z.new_zeros(len(z))
+    parts = term(logp, full.clamp(min=torch.finfo(z.dtype).tiny).log(), mixture)
+    losses = losses + torch.where(named, parts, 0.0).sum(-1)
+    return _finish(losses, z, y, rows, target, mle_weight, others)
 
 
 Term = Callable[[Tensor, Tensor, float], Tensor]

@@ -16,7 +16,7 @@ from torch import Tensor
 from fused_losses.backends import RowMaths, lines, load_backend
 from fused_losses.chunk_bytes import divergence_block
 from fused_losses.divergences import Divergence
-from fused_losses.engine.logits_sum import raw_gradient, transformed
+from fused_losses.engine.logits_step import raw_gradient, transformed
 from fused_losses.engine.once import once_differentiable
 from fused_losses.engine.rows import new_rows
 

@@ -27,11 +27,16 @@ def segment_sum(x: Tensor, ids: Tensor, count: int, backend: str) -> Tensor:
 
 # torch.library's own autograd takes longer than both passes of the sum.
 class _SegmentSum(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, ids: Tensor, count: int, backend: str) -> Tensor:
-        ctx.save_for_backward(ids)
+    def forward(x: Tensor, ids: Tensor, count: int, backend: str) -> Tensor:
         wanted = torch.arange(count + 1, device=ids.device, dtype=ids.dtype)
         return sum_between(x, torch.searchsorted(ids.contiguous(), wanted), backend)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
 
     @staticmethod
     def backward(ctx: Any, dsums: Tensor) -> tuple[Tensor, None, None, None]:

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from fused_losses.engine.divergence_rows import DivergenceCall, Sides, fill
 from fused_losses.engine.head import Head
-from fused_losses.engine.logits_sum import Step
-from fused_losses.engine.unit_sum import UnitChunk
+from fused_losses.engine.unit_sum import Step, UnitChunk
 from fused_losses.engine.whole_rows import Chunk
 
 

@@ -22,7 +22,7 @@ from fused_losses.engine.handover import scale_saved
 from fused_losses.engine.once import once_differentiable
 from fused_losses.engine.planned import PlannedCall
 from fused_losses.engine.rows import Coefficients, lines, stats_of
-from fused_losses.engine.whole_rows import add_chunk, chunks_of
+from fused_losses.engine.whole_rows import Chunk, add_chunk, chunks_of
 from fused_losses.plan import Plan
 from fused_losses.stats import TokenStats
 
@@ -91,6 +91,9 @@ class UnitChunk:
 
 # Gets all rows, those that do not count among them, and None where nothing is laid out in units.
 UnitLoss = Callable[[TokenStats, UnitChunk | None], Tensor]
+# Gets a chunk of whole units whose rows are known; returns its loss, 0-d, and puts the gradient of
+# the logits into ``chunk.dz`` if the plan has one.
+Step = Callable[[Chunk, UnitChunk], Tensor]
 
 _LOSS_FUNCTION = "the loss function (loss_fn, or a TokenLoss's torch_fn)"
 
@@ -103,10 +106,42 @@ def unit_sum(
     layout: UnitLayout,
     call: Call,
     plan: Plan,
-    loss_fn: UnitLoss,
+    step: Step,
 ) -> tuple[Tensor, Tensor]:
-    """Return the sum of the loss function over all units, differentiable, and rows (LINES, N)."""
-    return _UnitSum.apply(x, w, bias, y, layout, call, plan, loss_fn)
+    """Return the sum of a step's losses over all units, differentiable, and rows (LINES, N)."""
+    if plan.has_gradient:
+        return _UnitSum.apply(x, w, bias, y, layout, call, plan, step)
+    planned = PlannedCall(x, w, bias, y, layout.positions, call, plan)
+    return run_steps(planned, layout, step, None), planned.rows
+
+
+def run_steps(
+    planned: PlannedCall, layout: UnitLayout, step: Step, sums: GradientSums | None
+) -> Tensor:
+    """Run a step on one chunk after another, and add up its losses and their gradients."""
+    total = planned.rows.new_zeros(())
+    user_autocast = _autocast_of(planned.x.device.type)
+    with torch.autocast(planned.x.device.type, enabled=False):
+        chunks = layout.chunks(planned.plan.chunks)
+        for chunk, units in zip(chunks_of(planned), chunks, strict=True):
+            chunk.row_pass(top1=True)
+            with user_autocast:
+                total += step(chunk, units)
+            if sums is not None:
+                add_chunk(sums, chunk)
+    return total
+
+
+def step_of_log_probs(loss_fn: UnitLoss, call: Call) -> Step:
+    """Make a step of a function that torch differentiates."""
+
+    def step(chunk: Chunk, units: UnitChunk) -> Tensor:
+        loss, c, _ = call_loss(loss_fn, chunk.rows, units, call, gradient=True)
+        with torch.no_grad(), torch.autocast(loss.device.type, enabled=False):
+            chunk.differentiate(c)
+        return loss
+
+    return step
 
 
 class _UnitSum(torch.autograd.Function):
@@ -120,20 +155,11 @@ class _UnitSum(torch.autograd.Function):
         layout: UnitLayout,
         call: Call,
         plan: Plan,
-        loss_fn: UnitLoss,
+        step: Step,
     ) -> tuple[Tensor, Tensor]:
         planned = PlannedCall(x, w, bias, y, layout.positions, call, plan)
         sums = GradientSums(planned)
-        total = planned.rows.new_zeros(())
-        user_autocast = autocast_of(x.device.type)
-        with torch.autocast(x.device.type, enabled=False):
-            for chunk, units in zip(chunks_of(planned), layout.chunks(plan.chunks), strict=True):
-                chunk.row_pass(top1=True)
-                with user_autocast:
-                    loss, c, _ = call_loss(loss_fn, chunk.rows, units, call, gradient=True)
-                total += loss
-                chunk.differentiate(c)
-                add_chunk(sums, chunk)
+        total = run_steps(planned, layout, step, sums)
         ctx.save_for_backward(x, w, bias, sums.dx, *sums.head_gradients(w, bias))
         ctx.mark_non_differentiable(planned.rows)
         ctx.set_materialize_grads(False)
@@ -148,7 +174,7 @@ class _UnitSum(torch.autograd.Function):
         return (*once_differentiable(scaled, [dtotal, x, w, bias]), *(None,) * 5)
 
 
-def autocast_of(device_type: str) -> torch.autocast:
+def _autocast_of(device_type: str) -> torch.autocast:
     """The autocast state of the caller: a loss function sees it, whatever route calls it."""
     return torch.autocast(
         device_type,

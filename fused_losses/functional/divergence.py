@@ -13,8 +13,8 @@ from fused_losses.divergences import Divergence, DivergenceName, check_divergenc
 from fused_losses.engine.captured import refuse_captured_elementwise
 from fused_losses.engine.divergence_rows import DivergenceCall, logits_divergence
 from fused_losses.engine.head import Head
-from fused_losses.engine.logits_sum import Step
 from fused_losses.engine.teacher import Teacher, divergence_step
+from fused_losses.engine.unit_sum import Step
 from fused_losses.functional.head import check_head, compute_dtype
 from fused_losses.functional.linear_source import LinearSource, open_source
 from fused_losses.functional.logits_source import LogitsSource

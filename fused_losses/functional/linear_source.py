@@ -15,10 +15,16 @@ from fused_losses.chunk_bytes import tile_bytes, workspace_budget
 from fused_losses.engine.call import Call, HeadOptions, Needs
 from fused_losses.engine.linear_rows import linear_rows
 from fused_losses.engine.linear_sum import linear_loss_sum
-from fused_losses.engine.logits_sum import LogitsLoss, differentiated, logits_sum
+from fused_losses.engine.logits_step import LogitsLoss, step_of_logits
 from fused_losses.engine.main_grad import through_main_grad
 from fused_losses.engine.rows import stats_of
-from fused_losses.engine.unit_sum import UnitLayout, UnitLoss, loss_of_rows, unit_sum
+from fused_losses.engine.unit_sum import (
+    UnitLayout,
+    UnitLoss,
+    loss_of_rows,
+    step_of_log_probs,
+    unit_sum,
+)
 from fused_losses.functional.head import check_head, compute_dtype
 from fused_losses.functional.observe import report_plan
 from fused_losses.functional.options import Options, parse_options, split_linear
@@ -165,7 +171,7 @@ class LinearSource:
         if plan is not None:
             report_plan(lambda: plan)
             operands = (self.x, self.weight, self.bias, tokens.y)
-            return unit_sum(*operands, layout, call, plan, loss_fn)
+            return unit_sum(*operands, layout, call, plan, step_of_log_probs(loss_fn, call))
         _, rows = self._rows(tokens, call, None, None)
         return loss_of_rows(rows, layout, call, loss_fn), rows
 
@@ -189,9 +195,9 @@ class LinearSource:
         layout = UnitLayout.of(tokens.y, unit_of, tokens.ignore_index)
         plan = self.plan_whole_rows(layout, shape)
         report_plan(lambda: plan)
-        step = differentiated(loss_fn, call, gradient=shape.need_gradient)
+        step = step_of_logits(loss_fn, call, gradient=shape.need_gradient)
         operands = (self.x, self.weight, self.bias, tokens.y)
-        return logits_sum(*operands, layout, call, plan, step)
+        return unit_sum(*operands, layout, call, plan, step)
 
     def plan_whole_rows(self, layout: UnitLayout, shape: LinearShape) -> Plan:
         """Plan chunks of whole units that hold whole rows of logits.

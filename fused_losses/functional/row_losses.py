@@ -11,8 +11,8 @@ from torch import Tensor
 from fused_losses.backends import lines
 from fused_losses.cost import LinearShape
 from fused_losses.engine.call import Call, Needs
-from fused_losses.engine.logits_sum import MakeStep, logits_each, logits_sum
-from fused_losses.engine.unit_sum import UnitLayout
+from fused_losses.engine.logits_each import MakeStep, logits_each
+from fused_losses.engine.unit_sum import UnitLayout, unit_sum
 from fused_losses.functional.linear_source import LinearSource
 from fused_losses.functional.observe import report_plan, report_stats
 from fused_losses.functional.options import Options
@@ -81,7 +81,7 @@ def _run(
     own = torch.ones_like(each)
     if weight is not None and options.reduction != "none":  # which weighs its results
         own = weight.detach()
-    total, rows = logits_sum(*operands, plan, make_step(own, each, trained.need_gradient))
+    total, rows = unit_sum(*operands, plan, make_step(own, each, trained.need_gradient))
     return (each if options.reduction == "none" else total), rows
 
 

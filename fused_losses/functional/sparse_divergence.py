@@ -9,8 +9,8 @@ from torch import Tensor
 
 from fused_losses.arguments import check_number, refuse_gradient, refuse_unserved
 from fused_losses.divergences import DivergenceName
-from fused_losses.engine.logits_sum import Step, differentiated
-from fused_losses.engine.unit_sum import UnitChunk
+from fused_losses.engine.logits_step import step_of_logits
+from fused_losses.engine.unit_sum import Step, UnitChunk
 from fused_losses.functional.linear_source import LinearSource, open_source
 from fused_losses.functional.observe import statistics_wanted
 from fused_losses.functional.options import Options, SharedLinearOptions
@@ -106,7 +106,7 @@ def linear_sparse_divergence_loss(
             each[units.positions] = loss.detach()
             return (weight[units.positions].to(loss.dtype) * loss).sum()
 
-        return differentiated(weighted, call, gradient=gradient)
+        return step_of_logits(weighted, call, gradient=gradient)
 
     return token_losses_of_rows(source, tokens, options, call, step)
 

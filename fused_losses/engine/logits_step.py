@@ -1,0 +1,62 @@
+"""Losses of a chunk's logits: whole rows of them go to a function, in the memory of one chunk.
+
+A step of ``unit_sum`` that sees the logits between a chunk's row pass and its gradient products,
+and leaves their gradient in the chunk. So the cost is that of a token loss, 6 N D V, and 4 with a
+frozen head, whatever is computed of the logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fused_losses.backends import RowMaths
+from fused_losses.engine.call import Call
+from fused_losses.engine.unit_sum import Step, UnitChunk, call_loss
+from fused_losses.engine.whole_rows import Chunk
+from fused_losses.stats import TokenStats
+
+# Gets the statistics of whole units, which units they are, and their logits (R, V).
+LogitsLoss = Callable[[TokenStats, UnitChunk, Tensor], Tensor]
+
+
+def step_of_logits(loss_fn: LogitsLoss, call: Call, *, gradient: bool) -> Step:
+    """Make a step of a function that torch differentiates."""
+
+    def step(chunk: Chunk, units: UnitChunk) -> Tensor:
+        logits = transformed(chunk.z, call.maths, chunk.rows.dtype)
+        given = call_loss(loss_fn, chunk.rows, units, call, gradient=gradient, logits=logits)
+        loss, c, dlogits = given
+        if gradient:
+            with torch.no_grad(), torch.autocast(loss.device.type, enabled=False):
+                own = None if dlogits is None else raw_gradient(dlogits, logits, call.maths)
+                # The statistics' part goes where the logits are, which it is the last to read.
+                chunk.differentiate(c, out=chunk.z)
+                if own is not None:
+                    chunk.z.add_(own)
+                if chunk.dz.dtype != chunk.z.dtype:
+                    chunk.dz.copy_(chunk.z)
+        return loss
+
+    return step
+
+
+def transformed(z: Tensor, maths: RowMaths, dtype: torch.dtype) -> Tensor:
+    """Return ``softcap(scale * z) / temperature`` in a dtype; z itself if that is what it is."""
+    if maths == RowMaths():
+        return z.to(dtype)
+    x = z * maths.pre if z.dtype == dtype else z.to(dtype).mul_(maths.pre)
+    return x if maths.cap is None else x.tanh_().mul_(maths.cap)
+
+
+def raw_gradient(dlogits: Tensor, logits: Tensor, maths: RowMaths) -> Tensor:
+    """Return the gradient of the raw logits, from that of the transformed ones."""
+    if maths == RowMaths():
+        return dlogits
+    own = dlogits * maths.factor
+    if maths.cap is None:
+        return own
+    slope = (logits / maths.cap).square_().neg_().add_(1.0)
+    return own.mul_(slope)

@@ -79,6 +79,8 @@ def test_the_python_of_a_page_runs_in_the_order_of_reading(page, tmp_path, monke
     text = read(page)
     if GIVEN.search(text):
         pytest.importorskip("datasets", reason="the page trains a model")
+    if "import triton" in text:
+        pytest.importorskip("triton", reason="the page writes a device function")
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     script = tmp_path / f"{page.stem}.py"  # a file: Triton reads the source of device functions

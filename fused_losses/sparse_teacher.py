@@ -71,9 +71,8 @@ class SparseDivergence:
         elif self.rest == "bucket":
             given = logq > -torch.inf
             # A word with probability 0 belongs to the rest, as those do that are not named.
-            named = torch.zeros_like(logp, dtype=torch.bool)
-            row = torch.arange(len(ids), device=ids.device)[:, None].expand_as(ids)
-            named[row[given], ids[given]] = True
+            count = torch.zeros_like(logp, dtype=torch.int8)
+            named = count.scatter_add_(-1, ids, given.to(torch.int8)) != 0
             # Never 0, whose logarithm has no gradient, and which 1 minus a rounded sum may be.
             least = torch.finfo(logp.dtype).tiny
             p_rest = logp.exp().masked_fill(named, 0.0).sum(-1, keepdim=True).clamp(min=least)

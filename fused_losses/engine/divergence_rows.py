@@ -173,7 +173,8 @@ class _LogitsDivergence(torch.autograd.Function):
         teacher_rows = call.row_pass(teacher_z, y, teacher=True)
         each = torch.zeros_like(rows[0])
         for _, at, sides in _selected(z, teacher_z, y, rows, teacher_rows, call):
-            each[at] = losses(sides, call)
+            found = losses(sides, call)
+            each[at] = found.masked_fill(y[at] == call.ignore_index, 0.0)
         ctx.call, ctx.inplace = call, inplace
         ctx.save_for_backward(z, teacher_z, y, rows, teacher_rows)
         ctx.mark_non_differentiable(rows)
@@ -187,14 +188,12 @@ class _LogitsDivergence(torch.autograd.Function):
             return (None,) * 6
         with torch.no_grad():
             dz = z.detach() if ctx.inplace else z.new_zeros(z.shape)
-            if ctx.inplace:
-                ignored = (y == ctx.call.ignore_index).nonzero()[:, 0]
-                dz[ignored // z.shape[1], ignored % z.shape[1]] = 0.0
             for places, at, sides in _selected(
-                z.detach(), teacher_z, y, rows, teacher_rows, ctx.call
+                z.detach(), teacher_z, y, rows, teacher_rows, ctx.call, everything=ctx.inplace
             ):
                 _, found = losses_and_gradient(sides, y[at], deach[at], ctx.call)
-                dz[places] = found.to(dz.dtype)
+                ignored = y[at] == ctx.call.ignore_index
+                dz[places] = found.masked_fill_(ignored[:, None], 0.0).to(dz.dtype)
             if ctx.inplace:
                 # A second backward must find out that the logits are gone.
                 torch.autograd.graph.increment_version(z)
@@ -208,9 +207,17 @@ def _selected(
     rows: Tensor,
     teacher_rows: Tensor,
     call: DivergenceCall,
+    *,
+    everything: bool = False,
 ) -> Iterator[tuple[tuple[Tensor, Tensor], Tensor, Sides]]:
-    """Blocks of the rows that count: where they are in z, and among the rows; and both sides."""
-    positions = (y != call.ignore_index).nonzero()[:, 0]
+    """Blocks of rows: where they are in z, and among the rows; and both sides.
+
+    Those that count or, where finding them would wait for a GPU, everything.
+    """
+    if everything or y.device.type != "cpu":
+        positions = torch.arange(y.numel(), device=y.device)
+    else:
+        positions = (y != call.ignore_index).nonzero()[:, 0]
     for block in row_blocks(positions.numel(), z.shape[-1], z.dtype, call.backend):
         at = positions[block]
         places = (at // z.shape[1], at % z.shape[1])

@@ -137,7 +137,8 @@ def with_stats(fn: Callable[..., Tensor], *args: Any, **kwargs: Any) -> tuple[Te
     """Call a loss and return the statistics of the same pass beside it, at no further GEMM.
 
     Args:
-        fn: A token loss, a DPO or KTO loss, ``linear_policy_loss``, or the module of one.
+        fn: A token loss, a divergence, a DPO or KTO loss, ``linear_policy_loss``, ``linear_loss``,
+            or the module of one.
         *args: Its arguments.
         **kwargs: Its options.
 

@@ -155,6 +155,17 @@ def test_every_figure_is_shown_and_nothing_else_lies_there():
     assert {p.suffix for p in drawn} <= {".svg"}
 
 
+def test_the_figure_of_memory_shows_the_plans_as_they_are(monkeypatch):
+    pytest.importorskip("matplotlib", reason="the script draws with it")
+    monkeypatch.syspath_prepend(DOCS / "tools")
+    import figures
+
+    drawn = read(DOCS / "figures" / "memory.svg")
+    for title, rows in figures.timelines():
+        for words in (title, *rows):
+            assert words in drawn, f"{words}: run python docs/tools/figures.py"
+
+
 def documented() -> list[str]:
     return [name for page in PAGES for name in REFERENCE.findall(read(page))]
 

@@ -97,23 +97,30 @@ def plan_of(*, frozen: bool = False, gradient: bool = True, **options: Any) -> P
 Span = tuple[float, float]
 
 
-def draw_memory() -> None:
-    """Which tensors exist when, route by route."""
+def timelines() -> list[tuple[str, dict[str, list[Span]]]]:
+    """Titles, and the tensors of each route with the times at which they exist."""
     every = [
         ("no gradient", plan_of(gradient=False), timeline_of_forward),
         ("head frozen", plan_of(frozen=True), timeline_of_frozen),
         ("head trained, reduced loss", plan_of(), timeline_of_token),
         ("head trained, losses per token", plan_of(reduction="none"), timeline_of_recomputing),
     ]
-    timelines = [(title, plan, timeline(plan)) for title, plan, timeline in every]
-    heights = [len(rows) + 1.2 for _, _, rows in timelines]
+    return [
+        (f"{title}: route {plan.route}, {plan.flops // (N * D * V)} NDV", timeline(plan))
+        for title, plan, timeline in every
+    ]
+
+
+def draw_memory() -> None:
+    """Which tensors exist when, route by route."""
+    every = timelines()
+    heights = [len(rows) + 1.2 for _, rows in every]
     fig, all_axes = plt.subplots(
         len(every), 1, figsize=(9, 0.42 * sum(heights)), height_ratios=heights
     )
-    for axes, (title, plan, rows) in zip(all_axes, timelines, strict=True):
-        ndv = plan.flops / (plan.tokens * plan.hidden * plan.vocabulary)
+    for axes, (title, rows) in zip(all_axes, every, strict=True):
         draw_timeline(axes, rows)
-        axes.set_title(f"{title}: route {plan.route}, {ndv:.0f} NDV", loc="left", fontsize=10)
+        axes.set_title(title, loc="left", fontsize=10)
     save(fig, "memory")
 
 

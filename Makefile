@@ -87,7 +87,7 @@ typecheck: $(READY)  ## Check types
 	@$(PY) -m mypy
 
 docs: $(READY)  ## Build the documentation into site/; open site/index.html
-	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 	echo "site/index.html is ready."
 
 bench: $(READY)  ## Run the benchmarks, with every peer that is installed; --quick: 3 minutes

@@ -15,6 +15,12 @@ from latex2mathml.converter import convert
 _INLINE = re.compile(r'<span class="arithmatex">\\\((.*?)\\\)</span>', re.DOTALL)
 _DISPLAY = re.compile(r'<div class="arithmatex">\s*\\\[(.*?)\\\]\s*</div>', re.DOTALL)
 _TAG = re.compile(r"\\tag\{(\d+)\}")
+_SOURCE = re.compile(r"^\$\$(?:(?!\$\$).)*?\\tag\{(\d+)\}\s*\$\$", re.DOTALL | re.MULTILINE)
+
+
+def on_page_markdown(markdown: str, **kwargs: Any) -> str:
+    """Put an anchor before each equation that has a number, where mkdocs looks for anchors."""
+    return _SOURCE.sub(lambda found: f"[](){{ #eq-{found[1]} }}\n\n{found[0]}", markdown)
 
 
 def on_page_content(content: str, **kwargs: Any) -> str:
@@ -29,7 +35,7 @@ def _equation(latex: str) -> str:
     if tag is None:
         return f'<div class="equation">{formula}</div>'
     number = f'<span class="number">({tag[1]})</span>'
-    return f'<div class="equation" id="eq-{tag[1]}">{formula}{number}</div>'
+    return f'<div class="equation">{formula}{number}</div>'
 
 
 def _mathml(latex: str, display: str) -> str:

@@ -137,6 +137,15 @@ def test_every_internal_link_leads_somewhere(page):
             assert anchor in anchors(target), f"{link}: no such heading"
 
 
+def test_what_the_pages_name_of_the_repository_exists():
+    targets = set(re.findall(r"^([a-z-]+):.*## ", read(ROOT / "Makefile"), re.MULTILINE))
+    folders = "tests|docs|examples|benchmarks|fused_losses|kernels"
+    for page in PAGES:
+        for path in re.findall(rf"`((?:{folders})/[\w./-]*)`", read(page)):
+            assert (ROOT / path).exists(), f"{page.name}: {path}"
+        assert set(re.findall(r"(?:`|^)make ([a-z-]+)", read(page), re.MULTILINE)) <= targets
+
+
 def nav_entries(nav: list[Any]) -> Iterator[str]:
     for entry in nav:
         target = entry if isinstance(entry, str) else next(iter(entry.values()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import math
 import os
 import re
 import subprocess
@@ -19,7 +20,7 @@ Place = tuple[str, int]  # file and line of the source
 _PTX = re.compile(r"\b(?:ld|st)\.(?:\w+\.)*?global\.(?:\w+(?:::\w+)*\.)*?(?:v(\d)\.)?[a-z](\d+)\b")
 _GCN = re.compile(r"^\t(?:buffer|global|flat)_(?:load|store)_[su]?(byte|short|dword)(?:x(\d))?")
 _ACCESS = re.compile(
-    r"\b\w+\.(?:buffer_)?(load|store) .*: tensor<\d+x(?:!tt\.ptr<)?(\w+).*loc\((.*)\)$",
+    r"\b\w+\.(?:buffer_)?(load|store) .*: tensor<((?:\d+x)+)(?:!tt\.ptr<)?(\w+).*loc\((.*)\)$",
     re.MULTILINE,
 )
 
@@ -28,12 +29,14 @@ def describe(kernel: Any) -> Record:
     """All that the compiler's output says about one kernel."""
     amd = "amdgcn" in kernel.asm
     resources = _amd_resources(kernel.asm["amdgcn"]) if amd else _nvidia_resources(kernel)
-    accesses = _block_accesses(kernel.asm["ttgir"], kernel.asm["amdgcn" if amd else "ptx"])
     metadata, name = kernel.metadata, kernel.metadata.name
-    block = re.search(r"tensor<(\d+)x", kernel.asm["ttgir"])
+    threads = metadata.num_warps * metadata.target.warp_size
+    code = kernel.asm["amdgcn" if amd else "ptx"]
+    accesses = _block_accesses(kernel.asm["ttgir"], code, threads)
+    shapes = re.findall(r"tensor<((?:\d+x)+)", kernel.asm["ttgir"])
     return {
         "kernel": name.strip("_").removesuffix("_kernel"),
-        "block": int(block[1]) if block else 1,
+        "block": max(map(_size, shapes), default=1),
         "warps": metadata.num_warps,
         "lanes": metadata.target.warp_size,
         **resources,
@@ -52,12 +55,39 @@ def _nvidia_resources(kernel: Any) -> Record:
         words = [tool, "--dump-resource-usage", "-sass", file.name]
         code = subprocess.run(words, capture_output=True, text=True, check=True).stdout
     names = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?\s*([A-Z]\w*)", code, re.MULTILINE)
+    element = int(re.search(r"!tt\.ptr<[a-z]+(\d+)>", kernel.asm["ttir"])[1])
     return {
         "registers": int(re.search(r"REG:(\d+)", code)[1]),
         "stack": int(re.search(r"STACK:(\d+)", code)[1]),
         "mma": sum(bool(re.search("MMA$", name)) for name in names),
         "instructions": sum(name != "NOP" for name in names),
+        "per_element": per_element(code, element),
     }
+
+
+def per_element(sass: str, bits: int) -> float | None:
+    """Instructions of the first loop that reads, per element of so many bits that it reads.
+
+    That is the loop over the whole blocks of a row: what reads a row again stands behind it.
+    """
+    found = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", sass, re.MULTILINE)
+    code = [(int(address, 16), words) for address, words in found]
+    for end, words in code:
+        jump = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", words)
+        if jump is None or int(jump[1], 16) >= end:
+            continue
+        body = [text for address, text in code if int(jump[1], 16) <= address <= end]
+        loads = [load for text in body if (load := re.search(r"\bLDG\b\S*", text))]
+        read = sum(_load_bits(load[0]) for load in loads)
+        if read:
+            return round(len(body) * bits / read, 2)
+    return None
+
+
+def _load_bits(name: str) -> int:
+    """Bits that a load moves: LDG.E.128, LDG.E.U16, LDG.E of 32."""
+    width = re.search(r"\.[US]?(8|16|64|128)\b", name)
+    return int(width[1]) if width else 32
 
 
 def _amd_resources(code: str) -> Record:
@@ -71,10 +101,16 @@ def _amd_resources(code: str) -> Record:
         "stack": number("private_segment_fixed_size") + number("vgpr_spill_count"),
         "mma": sum("mfma" in name for name in names),
         "instructions": len(names),
+        "per_element": None,
     }
 
 
-def _block_accesses(ttgir: str, code: str) -> Record:
+def _size(shape: str) -> int:
+    """Elements of a tensor whose shape the IR writes as 512x8x."""
+    return math.prod(map(int, shape.rstrip("x").split("x")))
+
+
+def _block_accesses(ttgir: str, code: str, threads: int) -> Record:
     """Bits that each load and store of a block of a row moves per instruction, the narrowest.
 
     Which statements access blocks, and not one value of a row, says the IR; how wide, the assembly.
@@ -99,7 +135,7 @@ def _block_accesses(ttgir: str, code: str) -> Record:
             continue
         found[place] = min(bits, found.get(place, bits))
     accesses: Record = {"loads": {}, "stores": {}}
-    for (place, kind), dtype in _block_statements(ttgir).items():
+    for (place, kind), dtype in _block_statements(ttgir, threads).items():
         if place not in found:
             raise LookupError(f"no {kind} of {place[0]}:{place[1]} in the assembly")
         name = f"{_function_at(*place)} {dtype}"
@@ -108,8 +144,11 @@ def _block_accesses(ttgir: str, code: str) -> Record:
     return accesses
 
 
-def _block_statements(ttgir: str) -> dict[tuple[Place, str], str]:
-    """Map (place in the source, loads or stores) to the dtype, for accesses of whole blocks."""
+def _block_statements(ttgir: str, threads: int) -> dict[tuple[Place, str], str]:
+    """Map (place in the source, loads or stores) to the dtype, for accesses of whole blocks.
+
+    What is less than an element per thread is no block.
+    """
     locations = dict(re.findall(r"^(#loc\d*) = loc\((.*)\)$", ttgir, re.MULTILINE))
 
     def resolve(text: str) -> Place:
@@ -120,7 +159,11 @@ def _block_statements(ttgir: str) -> dict[tuple[Place, str], str]:
             raise LookupError(f"no source line in {text}")
         return resolve(locations[inner[0]])
 
-    return {(resolve(where), f"{kind}s"): dtype for kind, dtype, where in _ACCESS.findall(ttgir)}
+    return {
+        (resolve(where), f"{kind}s"): dtype
+        for kind, shape, dtype, where in _ACCESS.findall(ttgir)
+        if _size(shape) >= threads
+    }
 
 
 @functools.cache

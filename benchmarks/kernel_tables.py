@@ -33,13 +33,14 @@ def markdown(content: Record) -> str:
         }
         return ", ".join(f"{name} {joined(bits)}" for name, bits in every.items())
 
-    numbers = ["registers", "stack", "shared", "mma", "instructions"]
+    numbers = ["registers", "stack", "shared", "mma", "instructions", "per_element"]
     parts = [
         "# Kernel report",
         f"Triton {content['triton']}, compiled offline by `make kernel-report`; nothing here was "
         f"timed. Where targets differ: {' / '.join(targets)}. Registers, and stack in bytes, are "
-        "per thread, shared memory in bytes per program; loads and stores of blocks of a row by "
-        "the function that makes them, the narrowest instruction of each.",
+        "per thread, shared memory in bytes per program; instructions per element are those of "
+        "NVIDIA's machine code (SASS) in the loop over whole blocks; loads and stores of blocks "
+        "of a row by the function that makes them, the narrowest instruction of each.",
     ]
     head = ["kernel", "case", "block x warps", *numbers, "loads, bits", "stores, bits"]
     table = [head, ["---"] * 3 + ["---:"] * len(numbers) + ["---"] * 2]

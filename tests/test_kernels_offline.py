@@ -24,6 +24,7 @@ import triton.language as tl
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import kernel_assembly  # noqa: E402
 import kernel_report  # noqa: E402
 import kernel_tables  # noqa: E402
 
@@ -32,6 +33,16 @@ Record = dict[str, Any]
 COMMITTED = kernel_report.COMMITTED / "report.json"
 SHARED_BYTES = 48 * 1024  # what every GPU grants without being asked
 STACK_BYTES = 0
+# Instructions per element, NVIDIA's, of the loops that read every logit: what was reached, rounded
+# up to the next half or so.
+MOST = {
+    ("row_pass", "bf16 mle, exponentials in place"): 10.5,
+    ("row_pass", "bf16 statistics"): 12.5,
+    ("row_pass", "fp32 pearson, bf16 exponentials"): 9.0,
+    ("row_gradient", "bf16 mle, exponentials in place"): 7.0,
+    ("row_gradient", "bf16 statistics"): 10.0,
+    ("row_gradient", "fp32 pearson, bf16 exponentials"): 5.5,
+}
 GROWTH = 8, 0.1  # registers more than committed that pass: the larger of a count and a fraction
 pytestmark = pytest.mark.xdist_group("offline")
 
@@ -55,6 +66,9 @@ def faults(record: Record) -> list[str]:
         found.append(f"spills: {record['stack']} bytes of stack")
     if record["shared"] > SHARED_BYTES:
         found.append(f"{record['shared']} bytes of shared memory")
+    most = MOST.get((record["kernel"], record["case"]))
+    if most is not None and record["per_element"] is not None and record["per_element"] > most:
+        found.append(f"{record['per_element']} instructions per element, not {most}")
     found += [f"32-bit product in a pointer: {product}" for product in record["narrow_products"]]
     if record["case"] in kernel_report.ALIGNED:
         accesses = record["loads"] | record["stores"]
@@ -75,11 +89,20 @@ def regressions(record: Record, committed: dict[tuple, Record]) -> list[str]:
     allowed = before["registers"] + max(GROWTH[0], int(GROWTH[1] * before["registers"]))
     if record["registers"] > allowed:
         found.append(f"{record['registers']} registers, {before['registers']} before")
+    per_element = record["per_element"] or 0.0, before["per_element"] or 0.0
+    if per_element[0] > (1.0 + GROWTH[1]) * per_element[1]:
+        found.append("{} instructions per element, {} before".format(*per_element))
     for kind in ("loads", "stores"):
         for access, bits in record[kind].items():
             if bits < before[kind].get(access, 0):
                 found.append(f"{kind} of {access}: {bits} bits, {before[kind][access]} before")
     return found
+
+
+def test_every_kernel_of_which_so_much_is_asked_is_counted(report: list[Record]) -> None:
+    counted = {(r["target"], r["kernel"], r["case"]) for r in report if r["per_element"]}
+    nvidia = [target for target in kernel_report.TARGETS if target.startswith("sm_")]
+    assert {(target, *which) for target in nvidia for which in MOST} <= counted
 
 
 def by_kernel(records: list[Record], find: Any) -> dict[str, list[str]]:
@@ -145,8 +168,9 @@ def test_the_committed_table_is_drawn_from_the_committed_json(committed: list[Re
         ({"stack": 8}, "spills"),
         ({"shared": SHARED_BYTES + 1}, "shared memory"),
         ({"narrow_products": ["arith.muli"]}, "32-bit product"),
-        ({"loads": {"transformed bf16": 64}}, "64 bits at a time, not 128"),
+        ({"loads": {"read bf16": 64}}, "64 bits at a time, not 128"),
         ({"stores": {"row_pass bf16": 16}}, "16 bits at a time, not 128"),
+        ({"per_element": 10.6}, "10.6 instructions per element, not 10.5"),
         ({"error": "PTXASError"}, "does not compile"),
     ],
 )
@@ -160,7 +184,8 @@ def test_a_fault_is_found(change: Record, fault: str) -> None:
     ("change", "regression"),
     [
         ({"registers": 49}, "49 registers, 40 before"),
-        ({"loads": {"transformed bf16": 64}}, "64 bits, 128 before"),
+        ({"loads": {"read bf16": 64}}, "64 bits, 128 before"),
+        ({"per_element": 10.4}, "10.4 instructions per element, 9.0 before"),
         ({"warps": 16}, "make kernel-report"),
     ],
 )
@@ -179,9 +204,10 @@ _GOOD: Record = {
     "warps": 8,
     "lanes": 32,
     "registers": 40,
+    "per_element": 9.0,
     "stack": 0,
     "shared": 32,
-    "loads": {"transformed bf16": 128},
+    "loads": {"read bf16": 128},
     "stores": {"row_pass bf16": 128},
     "narrow_products": [],
 }
@@ -207,6 +233,25 @@ def test_the_report_sees_a_narrow_product_and_a_store_of_single_elements() -> No
         assert record["narrow_products"]
         assert record["loads"] == {"careless bf16": 64 if target == "gfx942" else 128}
         assert record["stores"] == {"careless bf16": 16}
+
+
+def test_instructions_are_counted_in_the_first_loop_that_reads() -> None:
+    sass = """
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+        /*0010*/                   STG.E.128 [R2.64], R4 ;
+        /*0020*/              @!P0 BRA 0x10 ;
+        /*0030*/                   LDG.E.128 R8, desc[UR4][R2.64] ;
+        /*0040*/                   LDG.E.U16 R7, desc[UR4][R2.64+0x10] ;
+        /*0050*/                   FADD R4, R4, R8 ;
+        /*0060*/              @!P0 BRA 0x40 ;
+        /*0070*/               @P1 BRA 0x90 ;
+        /*0080*/                   NOP;
+        /*0090*/                   LDG.E R7, desc[UR4][R2.64] ;
+        /*00a0*/               @P1 BRA 0x90 ;
+    """
+    assert kernel_assembly.per_element(sass, 16) == 3.0
+    assert kernel_assembly.per_element(sass.replace("LDG.E.U16", "LDG.E.64"), 16) == 0.75
+    assert kernel_assembly.per_element(sass.replace("LDG", "LDS"), 16) is None
 
 
 if __name__ == "__main__":

@@ -66,6 +66,37 @@ def test_adversarial_rows_are_right_in_any_ranges(backend, cuts, cap):
     assert (found - expected).abs().max() < 1e-11
 
 
+@pytest.mark.parametrize("cuts", CUTS, ids=str)
+@pytest.mark.parametrize("top", [-1e4, -200.0, 0.0, 90.0])
+def test_rows_whose_first_logits_are_minus_infinity_are_right_in_any_ranges(backend, cuts, top):
+    # Nothing to take a shift from for a long time, and then numbers at any height.
+    g = torch.Generator().manual_seed(4)
+    z = top - torch.rand(4, V, generator=g, dtype=torch.float64)
+    z[:, :35] = -math.inf
+    z[:, 40] = top
+    z[3, 58] = top + 30.0  # a second time too low
+    y = torch.tensor([36, 40, 60, 41])
+    rows, e = in_ranges(backend, z, y, cuts, maths=RowMaths(), entropy=True, top1=True)
+    logp, lse, entropy, gradient = truth(z, y)
+    torch.testing.assert_close(rows[lines.LOGP], logp, rtol=1e-12, atol=1e-11)
+    torch.testing.assert_close(rows[lines.LSE], lse, rtol=1e-12, atol=1e-11)
+    torch.testing.assert_close(rows[lines.ENTROPY], entropy, rtol=1e-9, atol=1e-9)
+    assert rows[lines.TOP1].tolist() == [0.0, 1.0, 0.0, 0.0]
+    expected = gradient.scatter(1, y[:, None], 0.0) if len(cuts) > 2 else gradient
+    assert (e / rows[lines.SUM][:, None] - expected).abs().max() < 1e-11
+
+
+@pytest.mark.parametrize("tie", [0, 8, 16, 60])
+def test_top1_is_the_first_of_equal_logits_in_any_ranges(backend, tie):
+    y = torch.tensor([0, 3, 7, 8, 9, 15, 16, 17, 20, 40, 60])
+    z = torch.zeros(len(y), V)
+    z[:, tie] = 2.0
+    z[torch.arange(len(y)), y] = 2.0  # its own column, before or after the other
+    for cuts in CUTS:
+        rows, _ = in_ranges(backend, z, y, cuts, maths=RowMaths(), top1=True)
+        assert torch.equal(rows[lines.TOP1] != 0, y <= tie)
+
+
 @pytest.mark.parametrize("cuts", CUTS[1:], ids=str)
 def test_a_loss_with_options_is_the_same_in_ranges(backend, cuts):
     g = torch.Generator().manual_seed(1)

@@ -1,12 +1,22 @@
-"""log1p, expm1 and tanh for device code, without libdevice (the interpreter has none).
+"""exp, log1p, expm1 and tanh for device code, without libdevice (the interpreter has none).
 
-The first two use the classic correction of Kahan: the rounding error of 1 + x (of exp(x)) is
+log1p and expm1 use the classic correction of Kahan: the rounding error of 1 + x (of exp(x)) is
 divided out again, so small arguments keep their relative accuracy.
 """
 
 from __future__ import annotations
 
 from fused_losses_kernels.language import device_function, tl
+
+
+@device_function
+def exp(x):
+    """Exponential in two instructions on NVIDIA, but 0 below 2**-126; fp64 in full."""
+    if x.dtype == tl.float64:
+        return tl.exp(x)
+    else:
+        # tl.exp keeps numbers below 2**-126, which takes three instructions more.
+        return tl.exp2(x * 1.4426950408889634)
 
 
 @device_function

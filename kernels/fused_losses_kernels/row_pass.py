@@ -7,8 +7,8 @@ shift k per row, the maximum of the first block and of the target's logit:
     logp = -log1p(s_rest / E_y),   lse = k + log s,   1 - p_y = s_rest / s
 
 The sum leaves the target out, so confident targets keep their relative accuracy. k need not be the
-maximum, but exp(z - k) is the more exact the smaller its argument: a row whose later block exceeds
-k by more than ``_ROOM`` is scaled down and goes on from that block's maximum. From logp the program
+maximum, but exp(z - k) is the more exact the smaller its argument: a row that exceeds k by more
+than ``_ROOM`` is gone through again, from its maximum (``row_sums``). From logp the program
 evaluates the token loss that it was given, a device function ``r -> (phi, weight)``. A launch may
 hold a range of the vocabulary's columns: what is known so far then waits in ``rows`` (see
 ``lines``) for the next range, and the last one makes the results.
@@ -24,22 +24,24 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fused_losses_kernels import lines
-from fused_losses_kernels.elementary import tanh_and_slope
+from fused_losses_kernels.elementary import exp
 from fused_losses_kernels.launch import row_launch
 from fused_losses_kernels.operands import check_per_row, check_rows, check_written
 from fused_losses_kernels.row_common import (
     accumulator,
     row_offset,
     strides,
-    transformed,
+    transform,
     write_zeros,
 )
 from fused_losses_kernels.row_results import write_results
+from fused_losses_kernels.row_sums import LEAST, again, first_block, gather
 
 # Triton reads globals only as constexpr.
 _LINES = tl.constexpr(lines.LINES)
@@ -52,17 +54,6 @@ _TARGET, _LARGEST, _TOTAL = (
 # exp(4) is as wrong as eager's difference from the maximum, and fits fp16; less room, and what was
 # written has to be scaled down more often.
 _ROOM = tl.constexpr(4.0)
-
-
-@triton.jit
-def _scale_down(e_ptr, stop, factor, ACC: tl.constexpr, BLOCK_V: tl.constexpr):
-    """Multiply the whole blocks written so far, columns below ``stop``."""
-    tl.debug_barrier()
-    for start in range(0, stop, BLOCK_V):
-        cols = start + tl.arange(0, BLOCK_V).to(tl.int64)
-        e = tl.load(e_ptr + cols).to(ACC)
-        tl.store(e_ptr + cols, (e * factor).to(e_ptr.dtype.element_ty))
-    tl.debug_barrier()
 
 
 @triton.jit(do_not_specialize=["N", "T", "V", "first_column", "ignore_index"])  # see row_gradient
@@ -99,7 +90,9 @@ def _row_pass_kernel(
     ENTROPY_WANTED: tl.constexpr,
     TOP1_WANTED: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    W: tl.constexpr,  # columns of a lane's piece of a block
 ):
+    R: tl.constexpr = BLOCK_V // W
     n = tl.program_id(0).to(tl.int64)
     y = tl.load(y_ptr + n).to(tl.int64)
     rows_ptr += n
@@ -121,19 +114,27 @@ def _row_pass_kernel(
         # A bad label never reads outside its row, and its row is NaN: no range holds its logit.
         y_here = y - first_column
         here = (y_here >= 0) & (y_here < C)
-        z_y = tl.load(z_ptr + y_here * stride_zv, mask=here, other=float("nan")).to(ACC) * pre
-        slope_y = z_y
-        if SOFTCAP:
-            z_y, slope_y = tanh_and_slope(z_y)
-            z_y *= cap
+        z_y = tl.load(z_ptr + y_here * stride_zv, mask=here, other=float("nan")).to(ACC)
+        z_y, slope_y = transform(z_y, pre, cap, SOFTCAP)
 
-        k = tl.where(z_y == z_y, z_y, float("-inf"))
+        # The piece that holds the target, before any of it is overwritten.
+        y_at = tl.where(here, y_here // W, -1).to(tl.int32)
+        y_in = tl.where(here, y_here % W, 0).to(tl.int32)
+        piece = tl.arange(0, W)
+        cols = tl.where(here, y_here - y_in, C) + piece
+        x_piece = tl.load(z_ptr + cols * stride_zv, mask=cols < C, other=0.0).to(ACC)
+        x_piece, _ = transform(x_piece, pre, cap, SOFTCAP)
+        x_piece = tl.where(cols < C, x_piece, float("-inf"))
+
         s_rest = tl.zeros((), ACC)
         s_log = tl.zeros((), ACC)  # sum of E log E, target included
         total = tl.zeros((), ACC)  # sum of z - k
         largest = tl.full((), float("-inf"), ACC)
         top1 = tl.zeros((), ACC)
-        if not FIRST:
+        if FIRST:
+            # As ever NaN loses.
+            k = tl.maximum(z_y, first_block(z_ptr, C, stride_zv, pre, cap, ACC, SOFTCAP, R, W))
+        else:
             z_y = tl.where(here, z_y, tl.load(rows_ptr + _TARGET * step))
             k = tl.load(rows_ptr + _SHIFT * step)
             s_rest = tl.load(rows_ptr + _SUM * step)
@@ -141,50 +142,50 @@ def _row_pass_kernel(
             total = tl.load(rows_ptr + _TOTAL * step)
             largest = tl.load(rows_ptr + _LARGEST * step)
             top1 = tl.load(rows_ptr + _TOP1 * step)
-        for start in range(0, C, BLOCK_V):
-            cols = start + tl.arange(0, BLOCK_V).to(tl.int64)
-            x, slope = transformed(z_ptr, cols, stride_zv, C, pre, cap, ACC, SOFTCAP)
-            m = tl.max(x, axis=0)
-            is_first = False
-            if FIRST:
-                is_first = start == 0
-            if is_first:
-                k = tl.maximum(k, m)
-            elif m > k + _ROOM:
-                # The difference of two numbers of the row, so that the sums follow k exactly
-                # however far from 0 they are; 0 if all before was -inf.
-                first = k == float("-inf")
-                moved = tl.where(first, 0.0, m - k)
-                factor = tl.exp(-moved)
-                if ENTROPY_WANTED:
-                    seen = (y >= 0) & (y_here < start)
-                    e_y = tl.where(seen, tl.exp(z_y - tl.where(first, 0.0, k)), 0.0)
-                    s_log = factor * (s_log - (s_rest + e_y) * moved)
-                if SMOOTHED:
-                    total -= (first_column + start) * moved
-                s_rest *= factor
-                if e_ptr is not None:
-                    _scale_down(e_ptr, start, factor, ACC, BLOCK_V)
-                k = m
-            shift = tl.where(k == float("-inf"), 0.0, k)
-            e = tl.exp(x - shift)
-            # NaN reaches the result through this sum; tl.max drops it.
-            s_rest += tl.sum(tl.where(cols == y_here, 0.0, e), axis=0)
-            if ENTROPY_WANTED:
-                s_log += tl.sum(tl.where(e > 0.0, e * (x - shift), 0.0), axis=0)
+        tl.debug_barrier()  # all have read what the first will overwrite
+
+        shift = tl.where(k == float("-inf"), 0.0, k)
+        limit = k + _ROOM
+        s, s_e, taken, d, most, ahead = gather(
+            z_ptr, e_ptr, C, stride_zv, pre, cap, y_at, shift, limit,
+            ACC, SOFTCAP, SMOOTHED, ENTROPY_WANTED, TOP1_WANTED, R, W,
+        )  # fmt: skip
+        top = tl.max(most, axis=0)
+        if SMOOTHED:
+            total += tl.sum(d, axis=0)
+        if TOP1_WANTED:
+            if y_at >= 0:
+                before = tl.max(tl.where(piece < y_in, x_piece, float("-inf")), axis=0)
+                before = tl.maximum(tl.maximum(before, tl.max(ahead, axis=0)), largest)
+                top1 = (before < z_y).to(ACC)
+            largest = tl.maximum(largest, top)
+            top1 = tl.where(largest > z_y, 0.0, top1)
+        if top > limit:
+            # The difference of two numbers of the row, so that the sums follow k exactly however
+            # far from 0 they are; 0 if all before was -inf.
             if SMOOTHED:
-                total += tl.sum(tl.where(cols < C, x - shift, 0.0), axis=0)
-            if TOP1_WANTED:
-                # The first maximum of the row so far, and whether it is the target.
-                at = tl.min(tl.where(x == m, cols, C), axis=0)
-                top1 = tl.where(m > largest, (at == y_here).to(ACC), top1)
-                largest = tl.maximum(largest, m)
-            if e_ptr is not None:
-                if SOFTCAP:
-                    e *= slope
-                # The target's entry too, overwritten at the end: a mask of single columns would
-                # make every store one element wide.
-                tl.store(e_ptr + cols, e.to(e_ptr.dtype.element_ty), mask=cols < C)
+                total -= (first_column + C) * (top - shift)
+            moved = tl.where(limit == float("-inf"), 0.0, top - shift)
+            factor = tl.exp(-moved)
+            if ENTROPY_WANTED:
+                seen = (y >= 0) & (y_here < 0)
+                e_y = tl.where(seen, exp(z_y - shift), 0.0)
+                s_log = factor * (s_log - (s_rest + e_y) * moved)
+                s_e = factor * (s_e - s * moved)
+            s_rest *= factor
+            shift = top
+            limit = top + _ROOM
+            tl.debug_barrier()
+            s, s_e = again(
+                z_ptr, e_ptr, C, stride_zv, pre, cap, y_at, shift, factor, s * factor, s_e, taken,
+                ACC, SOFTCAP, ENTROPY_WANTED, R, W,
+            )  # fmt: skip
+        d = x_piece - shift
+        e = exp(d)
+        # NaN reaches the result through this sum; tl.max drops it.
+        s_rest += tl.sum(s, axis=0) + tl.sum(tl.where(piece == y_in, 0.0, e), axis=0)
+        if ENTROPY_WANTED:
+            s_log += tl.sum(s_e, axis=0) + tl.sum(e * tl.maximum(d, LEAST), axis=0)
 
         if e_ptr is not None:
             d_y = tl.zeros((), ACC)
@@ -193,32 +194,21 @@ def _row_pass_kernel(
                 if SOFTCAP:
                     d_y *= slope_y
             tl.debug_barrier()  # after the loop's store to the same place, by another thread
-            tl.store(e_ptr + y_here, d_y.to(e_ptr.dtype.element_ty), mask=here)
+            e_ptr += y_at.to(tl.int64) * W + y_in
+            tl.store(e_ptr, d_y.to(e_ptr.dtype.element_ty), mask=y_at >= 0)
 
         if LAST:
             write_results(
-                rows_ptr,
-                step,
-                z_y,
-                k,
-                s_rest,
-                s_log,
-                total / V,
-                top1,
+                rows_ptr, step, z_y, shift, s_rest, s_log, total / V, top1,
                 None if ref_ptr is None else ref_ptr + n,
                 None if value_ptr is None else value_ptr + n,
-                beta,
-                r0,
-                tl.full((), smoothing, ACC),
-                tl.full((), z_loss, ACC),
-                PHI,
-                ACC,
-                CONTINUED,
-                SMOOTHED,
-                ENTROPY_WANTED,
-            )
+                beta, r0, tl.full((), smoothing, ACC), tl.full((), z_loss, ACC),
+                PHI, ACC, CONTINUED, SMOOTHED, ENTROPY_WANTED,
+            )  # fmt: skip
         else:
             tl.store(rows_ptr + _TARGET * step, z_y)
+            # -inf, not 0, where all was: any logit of the next range then exceeds it.
+            k = tl.where(limit == float("-inf"), limit, shift)
             tl.store(rows_ptr + _SHIFT * step, k)
             tl.store(rows_ptr + _SUM * step, s_rest)
             tl.store(rows_ptr + _ENTROPY * step, s_log)
@@ -264,6 +254,7 @@ def row_pass(
         return
     C = z.shape[-1]
     T, stride_zb, stride_zt, stride_zv = strides(z)
+    settings = row_launch(C)
     _row_pass_kernel[(N,)](
         z,
         y,
@@ -296,5 +287,6 @@ def row_pass(
         SMOOTHED=label_smoothing != 0.0,
         ENTROPY_WANTED=entropy,
         TOP1_WANTED=top1,
-        **row_launch(C),
+        **settings,
+        W=min(2 if z.dtype == torch.float64 else 8, settings["BLOCK_V"]),
     )

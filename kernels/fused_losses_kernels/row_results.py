@@ -21,10 +21,10 @@ def write_results(
     rows_ptr,
     step,
     z_y,
-    k,
+    shift,
     s_rest,
     s_log,
-    mean,  # of z - k
+    mean,  # of z - shift
     top1,
     ref_ptr,
     value_ptr,
@@ -39,9 +39,8 @@ def write_results(
     ENTROPY_WANTED: tl.constexpr,
 ):
     """Make statistics and token loss of what was gathered from the whole row."""
-    shift = tl.where(k == float("-inf"), 0.0, k)
     e_y = tl.exp(z_y - shift)
-    # exp(inf - k) is infinite, not NaN, if the +inf came after the first block.
+    # exp(inf - shift) is infinite, not NaN, if the +inf came after the first block.
     s_rest = tl.where(s_rest == float("inf"), float("nan"), s_rest)
     s = s_rest + e_y
     log_s = tl.log(s)

@@ -17,6 +17,7 @@ of moving it: the route and the sizes of chunks and ranges are those of the smal
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from enum import Enum
 from typing import Literal
@@ -170,6 +171,7 @@ def peak_bytes(shape: LinearShape, chunks: int, workspace: int) -> int:
     return cast + head * summed.itemsize + max(workspace, rounded)
 
 
+@functools.lru_cache(maxsize=512)
 def steps_of(route: Route, shape: LinearShape) -> tuple[Step, ...]:
     """Return what runs for each chunk and range, in order."""
     if route == "forward":
@@ -233,4 +235,9 @@ def _step_bytes(step: Step, tokens: int, shape: LinearShape, chunks: int, ranges
 def cost(route: Route, tokens: int, shape: LinearShape, chunks: int, ranges: int) -> float:
     """Everything in FLOPs."""
     moved = bytes_moved(route, tokens, shape, chunks, ranges)
-    return flops(route, tokens, shape) + moved * _FLOPS_PER_BYTE[shape.compute_dtype.itemsize]
+    return in_flops(flops(route, tokens, shape), moved, shape)
+
+
+def in_flops(work: int, moved: int, shape: LinearShape) -> float:
+    """FLOPs and bytes, in FLOPs."""
+    return work + moved * _FLOPS_PER_BYTE[shape.compute_dtype.itemsize]

@@ -34,8 +34,8 @@ from fused_losses.cost import (
     Route,
     Step,
     bytes_moved,
-    cost,
     flops,
+    in_flops,
     peak_bytes,
     steps_of,
 )
@@ -271,6 +271,8 @@ def _plan(
     columns: tuple[int, ...],
 ) -> Plan:
     workspace = tile_bytes(max(chunks, default=0), max(columns), route, shape)
+    work = flops(route, tokens, shape)
+    moved = bytes_moved(route, tokens, shape, len(chunks), len(columns))
     return Plan(
         route=route,
         backend=shape.backend,
@@ -279,9 +281,9 @@ def _plan(
         vocabulary=shape.vocabulary,
         chunks=chunks,
         columns=columns,
-        flops=flops(route, tokens, shape),
-        bytes_moved=bytes_moved(route, tokens, shape, len(chunks), len(columns)),
-        cost=cost(route, tokens, shape, len(chunks), len(columns)),
+        flops=work,
+        bytes_moved=moved,
+        cost=in_flops(work, moved, shape),
         workspace_bytes=workspace,
         peak_bytes=peak_bytes(shape, len(chunks), workspace),
         budget_bytes=budget,

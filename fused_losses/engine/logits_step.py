@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fused_losses.backends import RowMaths
 from fused_losses.engine.call import Call
-from fused_losses.engine.unit_sum import Step, UnitChunk, call_loss
+from fused_losses.engine.unit_sum import Step, UnitChunk, autocast_of, call_loss
 from fused_losses.engine.whole_rows import Chunk
 from fused_losses.stats import TokenStats
 
@@ -22,22 +22,23 @@ from fused_losses.stats import TokenStats
 LogitsLoss = Callable[[TokenStats, UnitChunk, Tensor], Tensor]
 
 
-def step_of_logits(loss_fn: LogitsLoss, call: Call, *, gradient: bool) -> Step:
-    """Make a step of a function that torch differentiates."""
+def step_of_logits(loss_fn: LogitsLoss, call: Call, device_type: str, *, gradient: bool) -> Step:
+    """Make a step of a function that torch differentiates, under the autocast of now."""
+    user_autocast = autocast_of(device_type)
 
     def step(chunk: Chunk, units: UnitChunk) -> Tensor:
         logits = transformed(chunk.z, call.maths, chunk.rows.dtype)
-        given = call_loss(loss_fn, chunk.rows, units, call, gradient=gradient, logits=logits)
+        with user_autocast:
+            given = call_loss(loss_fn, chunk.rows, units, call, gradient=gradient, logits=logits)
         loss, c, dlogits = given
         if gradient:
-            with torch.no_grad(), torch.autocast(loss.device.type, enabled=False):
-                own = None if dlogits is None else raw_gradient(dlogits, logits, call.maths)
-                # The statistics' part goes where the logits are, which it is the last to read.
-                chunk.differentiate(c, out=chunk.z)
-                if own is not None:
-                    chunk.z.add_(own)
-                if chunk.dz.dtype != chunk.z.dtype:
-                    chunk.dz.copy_(chunk.z)
+            own = None if dlogits is None else raw_gradient(dlogits, logits, call.maths)
+            # The statistics' part goes where the logits are, which it is the last to read.
+            chunk.differentiate(c, out=chunk.z)
+            if own is not None:
+                chunk.z.add_(own)
+            if chunk.dz.dtype != chunk.z.dtype:
+                chunk.dz.copy_(chunk.z)
         return loss
 
     return step

@@ -51,7 +51,7 @@ def divergence_step(
 
     def step(chunk: Chunk, units: UnitChunk) -> Tensor:
         at = units.positions
-        with torch.no_grad(), torch.autocast(chunk.z.device.type, enabled=False):
+        with torch.no_grad():
             teacher_z = teacher.logits(at)
             teacher_rows = call.row_pass(teacher_z, chunk.y, teacher=True)
             sides = Sides(chunk.z, teacher_z, chunk.rows, teacher_rows)

@@ -34,35 +34,41 @@ class UnitLayout:
     Attributes:
         positions: (n,) flat positions of the counted tokens, unit after unit.
         ids: (U,) the units that have counted tokens, ascending.
+        unit_at: (n,) where each token's unit is among ``ids``.
         sizes: Counted tokens of each of them, on the host.
     """
 
     positions: Tensor
     ids: Tensor
+    unit_at: Tensor
     sizes: list[int]
 
     @staticmethod
     def of(y: Tensor, unit_of: Tensor | None, ignore_index: int) -> UnitLayout:
         """Lay out the tokens of units ``unit_of`` (N,); None: every token is its own unit.
 
-        Planning needs the sizes of units on the host: one copy of the ids, the one host
-        synchronisation of a call.
+        Planning needs the sizes of units on the host: a copy of the ids is the one host
+        synchronisation of a call. All else stays on the device.
 
         Raises:
             ValueError: A counted token of a negative unit.
         """
         if unit_of is None:
             positions = (y != ignore_index).nonzero()[:, 0]
-            return UnitLayout(positions, positions, [1] * positions.numel())
-        nowhere = torch.iinfo(torch.int64).min
-        units = torch.where(y != ignore_index, unit_of.to(torch.int64), nowhere).cpu()
-        units, positions = torch.sort(units, stable=True)
-        first = int(torch.searchsorted(units, nowhere, right=True))
-        units, positions = units[first:], positions[first:]
-        if units.numel() and units[0] < 0:
-            raise ValueError(f"units must be >= 0 at counted positions, got {int(units[0])}")
-        ids, sizes = torch.unique_consecutive(units, return_counts=True)
-        return UnitLayout(positions.to(y.device), ids.to(y.device), sizes.tolist())
+            n = positions.numel()
+            return UnitLayout(positions, positions, torch.arange(n, device=y.device), [1] * n)
+        nowhere = torch.iinfo(torch.int64).max
+        units = torch.where(y != ignore_index, unit_of.to(torch.int64), nowhere)
+        units, order = torch.sort(units, stable=True)
+        known = units.cpu()
+        n = int(torch.searchsorted(known, nowhere))
+        if n and int(known[0]) < 0:
+            raise ValueError(f"units must be >= 0 at counted positions, got {int(known[0])}")
+        sizes = torch.unique_consecutive(known[:n], return_counts=True)[1].tolist()
+        units, positions = units[:n], order[:n]
+        unit_at = torch.diff(units, prepend=units[:1]).sign().cumsum(0)
+        first = torch.searchsorted(unit_at, torch.arange(len(sizes), device=y.device))
+        return UnitLayout(positions, units[first], unit_at, sizes)
 
     def chunks(self, sizes: Sequence[int]) -> list[UnitChunk]:
         """Split into chunks of so many tokens, each some whole units."""
@@ -72,7 +78,11 @@ class UnitLayout:
             while token < first_token + size:
                 token += self.sizes[unit]
                 unit += 1
-            chunks.append(UnitChunk(self.positions[first_token:token], self.ids[first_unit:unit]))
+            tokens, units = slice(first_token, token), slice(first_unit, unit)
+            unit_at = self.unit_at[tokens]
+            if first_unit:
+                unit_at = unit_at - first_unit
+            chunks.append(UnitChunk(self.positions[tokens], self.ids[units], unit_at))
         return chunks
 
 
@@ -83,10 +93,12 @@ class UnitChunk:
     Attributes:
         positions: (R,) flat positions of the tokens, unit after unit.
         ids: (P,) the units, ascending.
+        unit_at: (R,) where each token's unit is among ``ids``.
     """
 
     positions: Tensor
     ids: Tensor
+    unit_at: Tensor
 
 
 # Gets all rows, those that do not count among them, and None where nothing is laid out in units.
@@ -120,25 +132,24 @@ def run_steps(
 ) -> Tensor:
     """Run a step on one chunk after another, and add up its losses and their gradients."""
     total = planned.rows.new_zeros(())
-    user_autocast = _autocast_of(planned.x.device.type)
     with torch.autocast(planned.x.device.type, enabled=False):
         chunks = layout.chunks(planned.plan.chunks)
         for chunk, units in zip(chunks_of(planned), chunks, strict=True):
             chunk.row_pass(top1=True)
-            with user_autocast:
-                total += step(chunk, units)
+            total += step(chunk, units)
             if sums is not None:
                 add_chunk(sums, chunk)
     return total
 
 
-def step_of_log_probs(loss_fn: UnitLoss, call: Call) -> Step:
-    """Make a step of a function that torch differentiates."""
+def step_of_log_probs(loss_fn: UnitLoss, call: Call, device_type: str) -> Step:
+    """Make a step of a function that torch differentiates, under the autocast of now."""
+    user_autocast = autocast_of(device_type)
 
     def step(chunk: Chunk, units: UnitChunk) -> Tensor:
-        loss, c, _ = call_loss(loss_fn, chunk.rows, units, call, gradient=True)
-        with torch.no_grad(), torch.autocast(loss.device.type, enabled=False):
-            chunk.differentiate(c)
+        with user_autocast:
+            loss, c, _ = call_loss(loss_fn, chunk.rows, units, call, gradient=True)
+        chunk.differentiate(c)
         return loss
 
     return step
@@ -174,8 +185,8 @@ class _UnitSum(torch.autograd.Function):
         return (*once_differentiable(scaled, [dtotal, x, w, bias]), *(None,) * 5)
 
 
-def _autocast_of(device_type: str) -> torch.autocast:
-    """The autocast state of the caller: a loss function sees it, whatever route calls it."""
+def autocast_of(device_type: str) -> torch.autocast:
+    """The autocast state of the caller: a loss function sees it, whatever calls it."""
     return torch.autocast(
         device_type,
         dtype=torch.get_autocast_dtype(device_type),
@@ -246,7 +257,7 @@ class _KnownGradient(torch.autograd.Function):
 def loss_of_rows(rows: Tensor, layout: UnitLayout, call: Call, loss_fn: UnitLoss) -> Tensor:
     """Call the loss function once on all units, from rows (LINES, N) that autograd tracks."""
     taken = rows.detach()[:, layout.positions]
-    units = UnitChunk(layout.positions, layout.ids)
+    units = UnitChunk(layout.positions, layout.ids, layout.unit_at)
     gradient = rows.requires_grad
     loss, c, _ = call_loss(loss_fn, taken, units, call, gradient=gradient)
     if not gradient:

@@ -171,7 +171,8 @@ class LinearSource:
         if plan is not None:
             report_plan(lambda: plan)
             operands = (self.x, self.weight, self.bias, tokens.y)
-            return unit_sum(*operands, layout, call, plan, step_of_log_probs(loss_fn, call))
+            step = step_of_log_probs(loss_fn, call, self.input.device.type)
+            return unit_sum(*operands, layout, call, plan, step)
         _, rows = self._rows(tokens, call, None, None)
         return loss_of_rows(rows, layout, call, loss_fn), rows
 
@@ -195,7 +196,7 @@ class LinearSource:
         layout = UnitLayout.of(tokens.y, unit_of, tokens.ignore_index)
         plan = self.plan_whole_rows(layout, shape)
         report_plan(lambda: plan)
-        step = step_of_logits(loss_fn, call, gradient=shape.need_gradient)
+        step = step_of_logits(loss_fn, call, self.input.device.type, gradient=shape.need_gradient)
         operands = (self.x, self.weight, self.bias, tokens.y)
         return unit_sum(*operands, layout, call, plan, step)
 

@@ -89,7 +89,7 @@ class _Batch:
     @property
     def present(self) -> Tensor:
         """(B,): pairs with a counted token; another one has no loss, and no mean counts it."""
-        return self.lengths.sum(1) > 0
+        return self.lengths.any(1)
 
     @property
     def whole(self) -> bool:

@@ -163,7 +163,7 @@ class _Batch:
         of_token, data = sequences.of_row, self.data
         counted: Tensor | None = sequences.tokens.counted
         if units is not None:
-            of_token = torch.searchsorted(units.ids, of_token[units.positions])
+            of_token = units.unit_at
             lengths, counted = lengths[units.ids], None
             data = {name: t[units.positions] for name, t in data.items()}
         data = {name: t.to(logps.dtype) for name, t in data.items()}

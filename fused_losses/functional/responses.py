@@ -127,7 +127,7 @@ class Responses:
             sums = segment_sum(x, of_row, self.count, self.backend)
             return sums.view(self.sides, self.units).t()
         # A chunk's tokens come unit after unit, and in a unit side after side.
-        local = torch.searchsorted(units.ids, self.unit_of[units.positions])
+        local = units.unit_at
         if self.sides > 1:
             side = self.of_row[units.positions] // max(self.units, 1)
             local = self.sides * local + side

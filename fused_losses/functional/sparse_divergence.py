@@ -106,7 +106,7 @@ def linear_sparse_divergence_loss(
             each[units.positions] = loss.detach()
             return (weight[units.positions].to(loss.dtype) * loss).sum()
 
-        return step_of_logits(weighted, call, gradient=gradient)
+        return step_of_logits(weighted, call, input.device.type, gradient=gradient)
 
     return token_losses_of_rows(source, tokens, options, call, step)
 

@@ -117,13 +117,15 @@ class PlannedCall:
             RuntimeError: Out of memory, of torch's own type, naming the budget to lower.
         """
         plan, head = self.plan, self.head
-        elements = max(plan.chunks, default=0) * max(plan.columns)
+        size = max(plan.chunks, default=0), max(plan.columns)
         gradient = head.compute_dtype if plan.has_gradient else None
         spare = max(plan.budget_bytes - plan.workspace_bytes, 0)
         with ExitStack() as stack:
             try:
                 tile = stack.enter_context(
-                    workspace(elements, spare, self.x.device, head.logits_dtype, gradient)
+                    workspace(
+                        *size, plan.backend, spare, self.x.device, head.logits_dtype, gradient
+                    )
                 )
             except RuntimeError as error:  # torch.OutOfMemoryError is one; a CPU raises it bare
                 if "memory" not in str(error):

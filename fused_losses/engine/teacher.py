@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from fused_losses.chunk_bytes import row_stride
 from fused_losses.engine.divergence_rows import DivergenceCall, Sides, fill
 from fused_losses.engine.head import Head
 from fused_losses.engine.unit_sum import Step, UnitChunk
@@ -25,13 +26,14 @@ class Teacher:
     head: Head
     _memory: list[Tensor] = field(default_factory=list)
 
-    def logits(self, at: Tensor) -> Tensor:
+    def logits(self, at: Tensor, backend: str) -> Tensor:
         """Return the raw logits of some positions, (R, V), in memory that the next call reuses."""
         R, V = at.numel(), self.head.vocabulary
-        if not self._memory or self._memory[0].numel() < R * V:
+        stride = row_stride(V, backend)
+        if not self._memory or self._memory[0].numel() < R * stride:
             self._memory[:] = []  # before more is asked for
-            self._memory.append(self.x.new_empty(R * V, dtype=self.head.logits_dtype))
-        z = self._memory[0][: R * V].view(R, V)
+            self._memory.append(self.x.new_empty(R * stride, dtype=self.head.logits_dtype))
+        z = self._memory[0][: R * stride].view(R, stride)[:, :V]
         self.head.logits(self.x[at].to(self.head.compute_dtype), z)
         return z
 
@@ -52,7 +54,7 @@ def divergence_step(
     def step(chunk: Chunk, units: UnitChunk) -> Tensor:
         at = units.positions
         with torch.no_grad():
-            teacher_z = teacher.logits(at)
+            teacher_z = teacher.logits(at, call.backend)
             teacher_rows = call.row_pass(teacher_z, chunk.y, teacher=True)
             sides = Sides(chunk.z, teacher_z, chunk.rows, teacher_rows)
             mine = weight[at].to(chunk.rows.dtype)

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from fused_losses.chunk_bytes import DEFAULT_CPU_BYTES
+from fused_losses.chunk_bytes import DEFAULT_CPU_BYTES, row_stride
 
 Tile = Callable[[int, int], tuple[Tensor, Tensor]]
 
@@ -25,32 +25,36 @@ _kept: list[Tensor] = []  # none or one
 
 @contextmanager
 def workspace(
-    elements: int,
+    rows: int,
+    columns: int,
+    backend: str,
     spare_bytes: int,
     device: torch.device,
     dtype: torch.dtype,
     gradient_dtype: torch.dtype | None,
 ) -> Iterator[Tile]:
-    """Give memory for tiles of up to ``elements`` logits, and for their gradient.
+    """Give memory for tiles of up to ``rows`` x ``columns`` logits, and for their gradient.
 
     Memory from a call before may be larger than needed, by up to ``spare_bytes``.
 
     Yields:
-        ``tile(rows, columns)``: contiguous logits and gradient of that size, the same memory where
-        ``gradient_dtype`` is the logits' own or None.
+        ``tile(rows, columns)``: logits and gradient of that size, rows contiguous and aligned, the
+        same memory where ``gradient_dtype`` is the logits' own or None.
     """
+    elements = rows * row_stride(columns, backend)
     shared = gradient_dtype in (None, dtype)
     first = -(-elements * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
     second = 0 if gradient_dtype is None or shared else elements * gradient_dtype.itemsize
     memory = _take(first + second, first + second + spare_bytes, device)
 
     def tile(rows: int, columns: int) -> tuple[Tensor, Tensor]:
-        size = rows * columns
-        z = memory[: size * dtype.itemsize].view(dtype).view(rows, columns)
+        stride = row_stride(columns, backend)
+        size = rows * stride
+        z = memory[: size * dtype.itemsize].view(dtype).view(rows, stride)[:, :columns]
         if gradient_dtype is None or shared:
             return z, z
         dz = memory[first : first + size * gradient_dtype.itemsize].view(gradient_dtype)
-        return z, dz.view(rows, columns)
+        return z, dz.view(rows, stride)[:, :columns]
 
     try:
         yield tile

@@ -19,7 +19,7 @@ pytest.importorskip("accelerate", reason="transformers' Trainer needs it")
 import tiny_training  # noqa: E402
 import training_sets  # noqa: E402
 
-FILES = ["sft.py", "dpo.py", "trl_dpo.py", "accelerate_loop.py", "lora.py"]
+FILES = ["sft.py", "dpo.py", "trl_dpo.py", "accelerate_loop.py", "lora.py", "distill.py"]
 
 
 @pytest.fixture(autouse=True)
@@ -95,6 +95,26 @@ def test_dpo_of_lora_starts_at_the_sft_model_and_widens_the_margin(
     assert before["eval_loss"] == pytest.approx(0.6931, abs=1e-4)  # log 2
     assert after["eval_rewards/margins"] > 1e-3
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "jensen_shannon"])
+def test_a_student_of_fewer_layers_comes_nearer_to_its_teacher(
+    divergence: str, names: list[str]
+) -> None:
+    import distill
+
+    before, after = distill.main([*names, "--steps", "8", "--divergence", divergence])
+    assert after < 0.9 * before
+
+
+def test_an_anchor_keeps_sft_near_the_start(names: list[str]) -> None:
+    import distill
+
+    drift = {}
+    for anchor in ("1e-3", "10"):
+        before, drift[anchor] = distill.main([*names, "--steps", "6", "--anchor", anchor])
+        assert before == pytest.approx(0.0, abs=1e-6)
+    assert 0.0 < drift["10"] < 0.5 * drift["1e-3"]
 
 
 @pytest.mark.parametrize("file", FILES)

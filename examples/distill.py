@@ -41,7 +41,8 @@ def main(argv: list[str] | None = None) -> tuple[float, float]:
     student = copy.deepcopy(teacher)
     if options.anchor is None:
         layers = student.model.layers
-        student.model.layers = layers[: options.layers or len(layers) // 2]
+        kept = len(layers) // 2 if options.layers is None else options.layers
+        student.model.layers = layers[:kept]
         student.config.num_hidden_layers = len(student.model.layers)
     fuse_lm_head(teacher).eval().requires_grad_(False)
     fuse_lm_head(student).train()

@@ -10,7 +10,7 @@ from linear_oracle import gradients, head_batch, near_reference, relative_error
 from torch import Tensor
 
 import fused_losses
-from fused_losses import reference
+from fused_losses import TokenStats, reference
 from fused_losses.chunk_bytes import row_stride
 from fused_losses.engine import workspace
 from fused_losses.plan import forced_route
@@ -58,7 +58,19 @@ CALLS: dict[str, tuple[str, bool, str | None, dict[str, Any]]] = {
     "frozen": ("hellinger_loss", False, None, {}),
     "pairs": ("dpo_loss", True, "unit", {}),
     "divergence": ("divergence_loss", True, None, {}),
+    "logits": ("loss", True, None, {"logits": True}),
 }
+
+
+def _mixed(stats: TokenStats, rows: Tensor, logits: Tensor) -> Tensor:
+    return logits.softmax(-1).square().sum() - 0.5 * stats.logps.sum()
+
+
+def _there(given: Any, x: Tensor) -> Any:
+    """Numbers on x's device and, if they are no labels, in its dtype."""
+    if not isinstance(given, Tensor):
+        return given
+    return given.to(x) if given.is_floating_point() else given.to(x.device)
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -70,6 +82,8 @@ def test_every_route_is_right_at_an_odd_vocabulary(name: str) -> None:
     if function == "divergence_loss":
         teacher = head_batch((2, 2), 3, V)
         more = [teacher.x, teacher.w, batch.y]
+    elif function == "loss":
+        more = [batch.y, _mixed]
     else:
         more = [batch.y] if function == "mle_loss" else [batch.y, ref]
     found = []
@@ -78,8 +92,7 @@ def test_every_route_is_right_at_an_odd_vocabulary(name: str) -> None:
         leaves = leaves.leaves(w=trained, bias=trained)
         own = {} if module is reference else {"backend": "triton", "workspace_bytes": 2**18}
         call = getattr(module, f"linear_{function}")
-        given = [t.to(leaves.x.dtype) if t.is_floating_point() else t for t in more]
-        given = [t.to(leaves.x.device) for t in given]
+        given = [_there(t, leaves.x) for t in more]
         with forced_route(route):  # type: ignore[arg-type]
             loss = call(leaves.x, leaves.w, *given, linear_bias=leaves.bias, **options, **own)
             found.append((loss, gradients(loss.sum(), leaves)))

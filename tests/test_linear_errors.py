@@ -361,3 +361,8 @@ def test_out_of_memory_names_the_budget_to_lower(monkeypatch: pytest.MonkeyPatch
     x, w, y = torch.randn(4, 8), torch.randn(16, 8), torch.tensor([1, 2, 3, 4])
     with pytest.raises(torch.OutOfMemoryError, match=r"lower workspace_bytes .*now 4096: CUDA"):
         fused_losses.linear_mle_loss(x, w, y, workspace_bytes=4096)
+    # More chunks, and their fp32 sum of dW, would take no less than the one that is taken.
+    batch = head_batch((200,), 600, 5003, dtype=torch.bfloat16, ignored=0.0).leaves()
+    cure = r"accum_dtype=torch\.bfloat16 keeps to workspace_bytes, now 1048576: CUDA"
+    with pytest.raises(torch.OutOfMemoryError, match=cure):
+        fused_losses.linear_mle_loss(batch.x, batch.w, batch.y, workspace_bytes=2**20)

@@ -114,7 +114,8 @@ class PlannedCall:
         """Memory for one chunk's logits of one range of columns, and for their gradient.
 
         Raises:
-            RuntimeError: Out of memory, of torch's own type, naming the budget to lower.
+            RuntimeError: Out of memory, of torch's own type, naming the budget to lower, or what
+                makes a call keep to it.
         """
         plan, head = self.plan, self.head
         size = max(plan.chunks, default=0), max(plan.columns)
@@ -130,9 +131,12 @@ class PlannedCall:
             except RuntimeError as error:  # torch.OutOfMemoryError is one; a CPU raises it bare
                 if "memory" not in str(error):
                     raise
+                cure = "lower workspace_bytes or FUSED_LOSSES_WORKSPACE_BYTES, now"
+                if plan.workspace_bytes > plan.budget_bytes:
+                    # One chunk, in place of several and a wider sum of dW, which take no less.
+                    cure = f"accum_dtype={head.compute_dtype} keeps to workspace_bytes, now"
                 raise type(error)(
-                    f"no memory for a workspace of {plan.workspace_bytes} bytes; lower "
-                    "workspace_bytes or FUSED_LOSSES_WORKSPACE_BYTES, now "
+                    f"no memory for a workspace of {plan.workspace_bytes} bytes; {cure} "
                     f"{plan.budget_bytes}: {error}"
                 ) from error
             yield tile

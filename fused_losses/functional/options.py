@@ -64,8 +64,10 @@ class SharedLinearOptions(SharedOptions, total=False):
     Attributes:
         linear_bias: (V,) bias of the head.
         workspace_bytes: Budget of a chunk's logits and scratch (default 1 GiB on a GPU, 256 MiB
-            on a CPU, or ``FUSED_LOSSES_WORKSPACE_BYTES``).
-        accum_dtype: Dtype in which the weight's gradient is accumulated over chunks.
+            on a CPU, or ``FUSED_LOSSES_WORKSPACE_BYTES``). A single chunk may exceed it where
+            several and their wider ``accum_dtype`` hold no less in all: ``explain`` tells.
+        accum_dtype: Dtype in which the weight's gradient is accumulated over chunks. The operands'
+            own keeps to ``workspace_bytes``.
         logits_dtype: Dtype of a chunk's logits; by default the compute dtype for ``mle``, at least
             float32 for all else: what is compared with a reference, or weighted by a probability.
     """

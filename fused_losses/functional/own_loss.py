@@ -64,9 +64,10 @@ def linear_loss(
             after scale, softcap, temperature and bias, float32 (float64 for float64), whatever
             ``logits_dtype`` is. Statistics and logits are differentiated both. 6 N D V FLOPs, 4
             with a frozen weight, 2 without gradients; N D V of a teacher's logits that ``loss_fn``
-            makes are its own. The logits live in the workspace: clone what outlives the call. The
-            budget counts the gradient and four more tensors of their size for what ``loss_fn`` and
-            autograd make of them; a unit must fit it.
+            makes are its own. The logits live in the workspace, maybe with gaps between rows (so
+            ``reshape``, not ``view``): clone what outlives the call. The budget counts the gradient
+            and four more tensors of their size for what ``loss_fn`` and autograd make of them; a
+            unit must fit it.
         **common: As :func:`linear_token_stats`.
 
     Returns:

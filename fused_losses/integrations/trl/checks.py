@@ -173,3 +173,109 @@ def pair_loss_options(
     if "discopop_tau" in loss.takes:
         options["discopop_tau"] = discopop_tau
     return options
+
+
+# TRL's names; luspo sums a sequence's tokens, which is dr_grpo with a constant of 1.
+_ONE_PASS = {name: name for name in ("grpo", "bnpo", "dapo", "dr_grpo", "cispo")}
+_ONE_PASS["luspo"] = "dr_grpo"
+_TRLS_OWN = ("sapo", "vespo")
+
+
+def check_grpo(given: dict[str, Any]) -> None:
+    """Raise where the policy losses cannot be what these arguments of ``GRPOTrainer`` train on.
+
+    Raises:
+        ValueError: An unknown loss or level, where TRL raises at the first step; an option out of
+            its range; ``use_liger_kernel``.
+    """
+    args = given.get("args")
+    if args is None:
+        return
+    _refuse_liger(args)
+    for name, choices in (
+        ("loss_type", (*_ONE_PASS, *_TRLS_OWN)),
+        ("importance_sampling_level", ("token", "sequence")),
+    ):
+        if getattr(args, name) not in choices:
+            named = ", ".join(map(repr, choices))
+            raise ValueError(f"{name} must be one of {named}, got {getattr(args, name)!r}")
+    if one_policy_loss(args) is not None:
+        token, one = torch.zeros(1, 1), torch.ones(1)
+        high = args.epsilon if args.epsilon_high is None else args.epsilon_high
+        options = policy_loss_options(args, args.beta, args.epsilon, high)
+        fused_losses.policy_loss(token, None, one, one[None].bool(), token, **options)
+
+
+def one_policy_loss(args: Any) -> str | None:
+    """Return the loss of this library that TRL's options name, or None."""
+    entropy = (args.entropy_coef, *((args.entropy_coef_min,) * args.use_adaptive_entropy))
+    trls_own = (
+        args.delta is not None
+        or args.top_entropy_quantile < 1.0
+        or args.off_policy_mask_threshold is not None
+        or (args.use_bias_correction_kl and args.beta != 0.0)
+        or not 0.0 < args.epsilon < 1.0
+        or min(entropy) < 0.0
+    )
+    return None if trls_own else _ONE_PASS.get(args.loss_type)
+
+
+def policy_loss_options(
+    args: Any, beta: float, epsilon: float, epsilon_high: float
+) -> dict[str, Any]:
+    """Return those of TRL's options that a policy loss of this library reads."""
+    kind = args.loss_type
+    options: dict[str, Any] = {
+        "loss_type": _ONE_PASS[kind],
+        "ratio_level": args.importance_sampling_level,
+        "beta": beta,
+        "epsilon_high": epsilon_high,
+    }
+    if kind != "cispo":
+        options["epsilon"] = epsilon
+    if kind in ("dr_grpo", "luspo"):
+        options["max_length"] = 1.0 if kind == "luspo" else float(args.max_completion_length)
+    return options
+
+
+def _refuse_liger(args: Any) -> None:
+    if args.use_liger_kernel:
+        raise ValueError(
+            "use_liger_kernel would patch the model whose head this trainer answers for: set it "
+            "to False; model_init_kwargs={'use_kernels': True} loads layer kernels"
+        )
+
+
+def check_kto(given: dict[str, Any]) -> None:
+    """Raise where KTO cannot be what these arguments of ``KTOTrainer`` train on.
+
+    Raises:
+        NotImplementedError: Images; adapters that change the base weights.
+        ValueError: An option out of its range; ``use_liger_kernel``.
+    """
+    if given.get("ref_model") is None:
+        _check_adapters(given)
+    args = given.get("args")
+    if args is not None:
+        _refuse_liger(args)
+        if args.loss_type not in KTO_LOSSES:
+            named = ", ".join(map(repr, KTO_LOSSES))
+            raise ValueError(f"loss_type must be one of {named}, got {args.loss_type!r}")
+        options = kto_options(args.beta, args.desirable_weight, args.undesirable_weight)
+        label, zero = torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, 1)
+        fused_losses.kto_loss(torch.zeros(1, 1, 2), label, zero, label[0] > 0, **options)
+    data = given.get("train_dataset")
+    columns = () if data is None else (data.column_names or next(iter(data)).keys())
+    if "image" in columns or "images" in columns:
+        raise NotImplementedError(
+            "train_dataset has images, whose references TRL cannot take in a call of their own: "
+            "use trl.KTOTrainer"
+        )
+
+
+KTO_LOSSES = ("kto", "apo_zero_unpaired")
+
+
+def kto_options(beta: float, desirable: float, undesirable: float) -> dict[str, Any]:
+    """Return TRL's options in this library's words."""
+    return {"beta": beta, "desirable_weight": desirable, "undesirable_weight": undesirable}

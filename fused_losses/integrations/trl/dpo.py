@@ -5,8 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import transformers
-from datasets.fingerprint import Hasher
 from torch import Tensor
 
 import fused_losses
@@ -21,15 +19,15 @@ from fused_losses.integrations.trl.checks import (
 from fused_losses.integrations.trl.head import (
     Answer,
     AnsweredModel,
-    ask_logps,
     ask_stats,
     lengthened,
     mean_logits,
     trl,
 )
+from fused_losses.integrations.trl.reference_model import ReferenceOnEngine
 
 
-class DPOTrainer(trl.DPOTrainer):
+class DPOTrainer(ReferenceOnEngine, trl.DPOTrainer):
     """TRL's ``DPOTrainer`` with the pair losses of this library.
 
     One loss of ``linear_dpo_loss`` runs within one pass (6 N D V FLOPs), against references per
@@ -55,9 +53,6 @@ class DPOTrainer(trl.DPOTrainer):
             initialisation changes the base weights, where the reference is the base or a copy of
             the adapters; context or sequence parallelism, at the first step.
     """
-
-    precompute_ref_logps: Any
-    _precompute_model_hash: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         check_dpo(arguments_of(trl.DPOTrainer, args, kwargs))
@@ -119,31 +114,3 @@ class DPOTrainer(trl.DPOTrainer):
         (chosen, rejected), ref = self._reference(model, inputs)
         ref = lengthened(ref, mask.shape[1], 0.0)
         return {**inputs, "ref_chosen_logps": chosen, "ref_rejected_logps": rejected}, ref
-
-    def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> Any:
-        """TRL's, on this engine: policy and reference take the same path, to the last bit."""
-        return self._reference(model, inputs)[0]
-
-    def _reference(self, model: Any, inputs: dict[str, Any]) -> tuple[Any, Tensor]:
-        """Sums per response and log-probs per token; TRL's code switches the adapters."""
-        plain = self.accelerator.unwrap_model(model, keep_torch_compile=False)
-        fuse_lm_head(plain)
-        head = AnsweredModel(model, ask_logps, scores_first=False)
-        training = plain.training
-        plain.eval()
-        try:
-            return super().compute_ref_log_probs(head, inputs), head.kept
-        finally:
-            plain.train(training)
-
-    def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
-        # TRL's cache goes by weights and data alone.
-        weights = self._precompute_model_hash
-        versions = [m.__version__ for m in (fused_losses, torch, transformers)]
-        path = [self.accelerator.mixed_precision, self.model.config._attn_implementation, versions]
-        how = [weights, self.data_collator, self.ld_alpha, *path]
-        self._precompute_model_hash = Hasher.hash(how)
-        try:
-            return super()._precompute_ref_logps(dataset, name, batch_size)
-        finally:
-            self._precompute_model_hash = weights

@@ -131,3 +131,26 @@ def test_long_rows_are_left_out_and_no_task_is_on_both_sides(names: list[str]) -
     assert set(data.train["prompt"]).isdisjoint(data.heldout["prompt"])
     with pytest.raises(SystemExit, match="raise --max_tokens"):
         training_sets.load(tiny_training.tokenizer(), names[3], max_tokens=5)
+
+
+def test_the_walk_through_runs_and_draws_its_figures(
+    names: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    import runpy
+
+    pytest.importorskip("matplotlib")
+    import smollm
+
+    load_model, load_data = smollm.load, training_sets.load
+    monkeypatch.setattr(smollm, "load", lambda: load_model(names[1]))
+    monkeypatch.setattr(
+        training_sets, "load", lambda tokenizer, **kw: load_data(tokenizer, names[3], **kw)
+    )
+    monkeypatch.chdir(tmp_path)
+    found = runpy.run_path(str(EXAMPLES / "walkthrough.py"))
+    assert found["fused"].item() == pytest.approx(found["eager"].item(), rel=1e-6)
+    assert found["peaks"]["fused"][-1] < found["peaks"]["eager"][-1]
+    assert found["rewards"]["pearson"][0] == pytest.approx(0.0, abs=1e-6)
+    assert found["losses"][0] == pytest.approx(0.6931, abs=1e-4)
+    for name in ("memory.png", "family.png", "training.png"):
+        assert (tmp_path / "outputs" / "walkthrough" / name).stat().st_size > 5000

@@ -8,6 +8,8 @@ specification.
 from fused_losses import reference
 from fused_losses.divergences import DIVERGENCES, Divergence, DivergenceName
 from fused_losses.functional import (
+    AnchoredOptions,
+    AnchoredStats,
     CommonOptions,
     KTOStats,
     LinearOptions,
@@ -71,6 +73,8 @@ __version__ = "0.1.0"
 __all__ = [
     "DIVERGENCES",
     "TOKEN_LOSSES",
+    "AnchoredOptions",
+    "AnchoredStats",
     "CommonOptions",
     "DPOLoss",
     "Divergence",

@@ -13,7 +13,7 @@ from bisect import bisect_right
 import torch
 
 from fused_losses.backends import lines
-from fused_losses.backends.base import BLOCK_BYTES
+from fused_losses.backends.base import BLOCK_BYTES, DIVERGENCE_BLOCK_BYTES
 from fused_losses.cost import LinearShape, Route
 
 # Numbers per row that are alive at a time, in units of a row's results: those of two chunks, and
@@ -59,7 +59,7 @@ def tile_bytes(rows: int, columns: int, route: Route, shape: LinearShape) -> int
     logits = rows * row_stride(columns, shape.backend) * tile + min(rows * columns, block) * scratch
     if shape.teacher_hidden:
         wide = max(shape.logits_dtype.itemsize, 4)
-        block = max(columns, divergence_block(shape.backend) // wide)
+        block = max(columns, DIVERGENCE_BLOCK_BYTES // wide)
         logits += min(rows * columns, block) * wide * _DIVERGENCE_TENSORS
     several = columns < shape.vocabulary
     return logits + rows * _row_bytes(route, shape, several) + _upcast(rows, columns, route, shape)
@@ -132,14 +132,6 @@ def _element_bytes(route: Route, shape: LinearShape) -> tuple[int, int]:
     copies = int(keeps_logits or narrow.itemsize < 4)
     copies += (shape.softcap and route != "forward") + shape.entropy
     return tile, max(shape.logits_dtype.itemsize, 4) * copies
-
-
-def divergence_block(backend: str) -> int:
-    """Bytes of a block of logits that a divergence takes at a time.
-
-    Small enough for a CPU's cache; where launches are what costs, large.
-    """
-    return BLOCK_BYTES // 4 if backend == "torch" else 16 * BLOCK_BYTES
 
 
 def least_columns(route: Route, shape: LinearShape) -> int:

@@ -1,20 +1,23 @@
-"""What a backend is: three row passes over tensors, and the two sets of options they read."""
+"""What a backend is: row passes over tensors, and the sets of options they read."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from fused_losses.divergences import Divergence
 from fused_losses.token_losses import TokenLoss
 from fused_losses_kernels import lines
 
 # Scratch of the torch backend per block of rows: small enough for the cache, large enough for torch
 # to use its threads. The planner counts it.
 BLOCK_BYTES = 4 * 2**20
+# The same of the logits of a divergence, of which several tensors of their size are made.
+DIVERGENCE_BLOCK_BYTES = BLOCK_BYTES // 4
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,22 @@ class Objective:
         return Coefficients(weight * rows[lines.DLOGP], dlse, dmean)
 
 
+class Sides(NamedTuple):
+    """Student and teacher, of the same rows and words.
+
+    Attributes:
+        z: Raw logits of the student, (N, V) or (B, T, V).
+        teacher_z: The teacher's.
+        rows: (LINES, N) row results of the student's.
+        teacher_rows: Those of the teacher's.
+    """
+
+    z: Tensor
+    teacher_z: Tensor
+    rows: Tensor
+    teacher_rows: Tensor
+
+
 class Backend(Protocol):
     """The row passes. ``rows`` is the (LINES, N) tensor of ``fused_losses_kernels.lines``.
 
@@ -148,6 +167,28 @@ class Backend(Protocol):
         vocabulary: int | None = None,
     ) -> None:
         """Fill ``dz`` (z's shape, contiguous rows, maybe z) from the coefficients of its rows."""
+
+    def row_divergence(
+        self,
+        sides: Sides,
+        y: Tensor,
+        *,
+        divergence: Divergence,
+        maths: RowMaths,
+        teacher_maths: RowMaths,
+        ignore_index: int,
+        out: Tensor,
+        gradient: Tensor | None = None,
+        c: Coefficients | None = None,
+        share: Tensor | None = None,
+        weight: Tensor | None = None,
+    ) -> None:
+        """Fill ``out`` (N,) with each row's divergence from the teacher's.
+
+        ``gradient`` (z's shape, contiguous rows, maybe z itself) gets the gradient of ``share *
+        out``, plus what ``row_gradient`` makes of ``c``, all of it times ``weight``; (N,) each, of
+        the dtype of ``out``, and 1, nothing and 1 if they are not given.
+        """
 
     def segment_sum(self, x: Tensor, offsets: Tensor) -> Tensor:
         """Return the sums of ``x[offsets[i] : offsets[i + 1]]``, deterministically."""

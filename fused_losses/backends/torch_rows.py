@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fused_losses.backends.base import BLOCK_BYTES, Coefficients, Objective, RowMaths
+from fused_losses.backends.torch_divergence import row_divergence
 from fused_losses.backends.torch_statistics import (
     Seen,
     Targets,
@@ -25,6 +26,8 @@ from fused_losses.backends.torch_statistics import (
     token_loss,
 )
 from fused_losses_kernels import lines
+
+__all__ = ["name", "row_divergence", "row_gradient", "row_pass", "segment_sum"]
 
 name = "torch"
 

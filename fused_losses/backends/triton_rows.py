@@ -8,10 +8,13 @@ import torch
 from torch import Tensor
 
 from fused_losses.backends.base import Coefficients, Objective, RowMaths
+from fused_losses.backends.torch_divergence import row_divergence
 from fused_losses_kernels import row_gradient as gradient_kernel
 from fused_losses_kernels import row_pass as forward_kernel
 from fused_losses_kernels import segment_sum as segment_kernel
 from fused_losses_kernels.launch import INTERPRETED
+
+__all__ = ["interpreted", "name", "row_divergence", "row_gradient", "row_pass", "segment_sum"]
 
 name = "triton"
 interpreted: bool = INTERPRETED

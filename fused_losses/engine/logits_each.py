@@ -28,12 +28,14 @@ def logits_each(
     call: Call,
     plans: tuple[Plan, Plan],
     make_step: MakeStep,
+    ref: Tensor | None = None,
+    value: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return per-token losses (N,), differentiable, and rows; backward makes the logits again.
 
-    ``plans``: of forward, and of backward.
+    ``plans``: of forward, and of backward. ``ref`` and ``value`` as for ``unit_sum``.
     """
-    return _LogitsEach.apply(x, w, bias, y, layout, call, plans, make_step)
+    return _LogitsEach.apply(x, w, bias, y, layout, call, plans, make_step, ref, value)
 
 
 class _LogitsEach(torch.autograd.Function):
@@ -48,11 +50,14 @@ class _LogitsEach(torch.autograd.Function):
         call: Call,
         plans: tuple[Plan, Plan],
         make_step: MakeStep,
+        ref: Tensor | None,
+        value: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         planned = PlannedCall(x, w, bias, y, layout.positions, call, plans[0])
         each = torch.zeros_like(planned.rows[0])
-        run_steps(planned, layout, make_step(torch.zeros_like(each), each, False), None)
-        ctx.save_for_backward(x, w, bias, y)
+        step = make_step(torch.zeros_like(each), each, False)
+        run_steps(planned, layout, step, None, ref, value)
+        ctx.save_for_backward(x, w, bias, y, ref, value)
         ctx.layout, ctx.call, ctx.plan, ctx.make_step = layout, call, plans[1], make_step
         ctx.mark_non_differentiable(planned.rows)
         ctx.set_materialize_grads(False)
@@ -60,9 +65,9 @@ class _LogitsEach(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, deach: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
-        x, w, bias, y = ctx.saved_tensors
+        x, w, bias, y, ref, value = ctx.saved_tensors
         if deach is None:
-            return (None,) * 8
+            return (None,) * 10
         with torch.no_grad():
             # Upstream gradients hold 1 / count: brought near 1 while fp16 holds them.
             size = torch.ones_like(deach[:1].sum())
@@ -71,11 +76,11 @@ class _LogitsEach(torch.autograd.Function):
             planned = PlannedCall(x, w, bias, y, ctx.layout.positions, ctx.call, ctx.plan)
             sums = GradientSums(planned)
             step = ctx.make_step(deach / size, torch.empty_like(deach), True)
-            run_steps(planned, ctx.layout, step, sums)
+            run_steps(planned, ctx.layout, step, sums, ref, value)
             found: tuple[Tensor | None, ...] = (sums.dx, *sums.head_gradients(w, bias))
             if ctx.call.linear.deferred:
                 found = tuple(
                     t if t is None or own is None else (t * size).to(own.dtype)
                     for t, own in zip(found, (x, w, bias), strict=True)
                 )
-        return (*once_differentiable(found, [deach, x, w, bias]), *(None,) * 5)
+        return (*once_differentiable(found, [deach, x, w, bias]), *(None,) * 7)

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
-from fused_losses.backends import RowMaths
+from fused_losses.backends.transform import raw_gradient, transformed
 from fused_losses.engine.call import Call
 from fused_losses.engine.unit_sum import Step, UnitChunk, autocast_of, call_loss
 from fused_losses.engine.whole_rows import Chunk
@@ -42,22 +41,3 @@ def step_of_logits(loss_fn: LogitsLoss, call: Call, device_type: str, *, gradien
         return loss
 
     return step
-
-
-def transformed(z: Tensor, maths: RowMaths, dtype: torch.dtype) -> Tensor:
-    """Return ``softcap(scale * z) / temperature`` in a dtype; z itself if that is what it is."""
-    if maths == RowMaths():
-        return z.to(dtype)
-    x = z * maths.pre if z.dtype == dtype else z.to(dtype).mul_(maths.pre)
-    return x if maths.cap is None else x.tanh_().mul_(maths.cap)
-
-
-def raw_gradient(dlogits: Tensor, logits: Tensor, maths: RowMaths) -> Tensor:
-    """Return the gradient of the raw logits, from that of the transformed ones."""
-    if maths == RowMaths():
-        return dlogits
-    own = dlogits * maths.factor
-    if maths.cap is None:
-        return own
-    slope = (logits / maths.cap).square_().neg_().add_(1.0)
-    return own.mul_(slope)

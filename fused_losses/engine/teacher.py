@@ -6,13 +6,16 @@ those of the next chunk: 2 + 2 + 4 N D V FLOPs for heads alike, 2 + 2 + 2 with t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fused_losses.backends import Sides
 from fused_losses.chunk_bytes import row_stride
-from fused_losses.engine.divergence_rows import DivergenceCall, Sides, fill
+from fused_losses.engine.divergence_rows import DivergenceCall
 from fused_losses.engine.head import Head
 from fused_losses.engine.unit_sum import Step, UnitChunk
 from fused_losses.engine.whole_rows import Chunk
@@ -25,6 +28,11 @@ class Teacher:
     x: Tensor
     head: Head
     _memory: list[Tensor] = field(default_factory=list)
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        """What the planner is to know of it: see ``LinearShape``."""
+        return {"teacher_hidden": self.x.shape[-1], "teacher_dtype": self.head.compute_dtype}
 
     def logits(self, at: Tensor, backend: str) -> Tensor:
         """Return the raw logits of some positions, (R, V), in memory that the next call reuses."""
@@ -39,7 +47,13 @@ class Teacher:
 
 
 def divergence_step(
-    teacher: Teacher, weight: Tensor, each: Tensor, call: DivergenceCall, *, gradient: bool
+    teacher: Teacher,
+    weight: Tensor,
+    each: Tensor,
+    call: DivergenceCall,
+    *,
+    gradient: bool,
+    seen: Callable[[Tensor, Tensor, Tensor], None] | None = None,
 ) -> Step:
     """Make a step that fills in the losses of its tokens, and gives their weighted sum.
 
@@ -49,6 +63,7 @@ def divergence_step(
         each: (N,) where the losses go.
         call: What is asked for.
         gradient: Whether chunks get the gradient of the weighted sum.
+        seen: Is told of each chunk: positions (R,), divergences (R,), row results (LINES, R).
     """
 
     def step(chunk: Chunk, units: UnitChunk) -> Tensor:
@@ -58,8 +73,10 @@ def divergence_step(
             teacher_rows = call.row_pass(teacher_z, chunk.y, teacher=True)
             sides = Sides(chunk.z, teacher_z, chunk.rows, teacher_rows)
             mine = weight[at].to(chunk.rows.dtype)
-            loss = fill(sides, chunk.y, mine, call, chunk.dz if gradient else None)
+            loss, found = call.fill(sides, chunk.y, mine, chunk.dz if gradient else None)
             each[at] = loss
+            if seen is not None:
+                seen(at, found, chunk.rows)
             return (mine * loss).sum()
 
     return step

@@ -119,23 +119,33 @@ def unit_sum(
     call: Call,
     plan: Plan,
     step: Step,
+    ref: Tensor | None = None,
+    value: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the sum of a step's losses over all units, differentiable, and rows (LINES, N)."""
+    """Return the sum of a step's losses over all units, differentiable, and rows (LINES, N).
+
+    ``ref`` and ``value``, (N,), are for the call's objective, and not differentiated.
+    """
     if plan.has_gradient:
-        return _UnitSum.apply(x, w, bias, y, layout, call, plan, step)
+        return _UnitSum.apply(x, w, bias, y, layout, call, plan, step, ref, value)
     planned = PlannedCall(x, w, bias, y, layout.positions, call, plan)
-    return run_steps(planned, layout, step, None), planned.rows
+    return run_steps(planned, layout, step, None, ref, value), planned.rows
 
 
 def run_steps(
-    planned: PlannedCall, layout: UnitLayout, step: Step, sums: GradientSums | None
+    planned: PlannedCall,
+    layout: UnitLayout,
+    step: Step,
+    sums: GradientSums | None,
+    ref: Tensor | None = None,
+    value: Tensor | None = None,
 ) -> Tensor:
     """Run a step on one chunk after another, and add up its losses and their gradients."""
     total = planned.rows.new_zeros(())
     with torch.autocast(planned.x.device.type, enabled=False):
         chunks = layout.chunks(planned.plan.chunks)
         for chunk, units in zip(chunks_of(planned), chunks, strict=True):
-            chunk.row_pass(top1=True)
+            chunk.row_pass(ref=ref, value=value, top1=True)
             total += step(chunk, units)
             if sums is not None:
                 add_chunk(sums, chunk)
@@ -167,10 +177,12 @@ class _UnitSum(torch.autograd.Function):
         call: Call,
         plan: Plan,
         step: Step,
+        ref: Tensor | None,
+        value: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         planned = PlannedCall(x, w, bias, y, layout.positions, call, plan)
         sums = GradientSums(planned)
-        total = run_steps(planned, layout, step, sums)
+        total = run_steps(planned, layout, step, sums, ref, value)
         ctx.save_for_backward(x, w, bias, sums.dx, *sums.head_gradients(w, bias))
         ctx.mark_non_differentiable(planned.rows)
         ctx.set_materialize_grads(False)
@@ -180,9 +192,9 @@ class _UnitSum(torch.autograd.Function):
     def backward(ctx: Any, dtotal: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
         x, w, bias, *gradients = ctx.saved_tensors
         if dtotal is None:
-            return (None,) * 8
+            return (None,) * 10
         scaled = scale_saved(gradients, [x, w, bias], dtotal)
-        return (*once_differentiable(scaled, [dtotal, x, w, bias]), *(None,) * 5)
+        return (*once_differentiable(scaled, [dtotal, x, w, bias]), *(None,) * 7)
 
 
 def autocast_of(device_type: str) -> torch.autocast:

@@ -16,8 +16,16 @@ from fused_losses.functional.logits import (
     pearson_loss,
     token_loss,
 )
-from fused_losses.functional.observe import KTOStats, PairStats, PolicyStats, explain, with_stats
+from fused_losses.functional.observe import (
+    AnchoredStats,
+    KTOStats,
+    PairStats,
+    PolicyStats,
+    explain,
+    with_stats,
+)
 from fused_losses.functional.options import (
+    AnchoredOptions,
     CommonOptions,
     LinearOptions,
     SharedLinearOptions,
@@ -29,6 +37,8 @@ from fused_losses.functional.sparse_divergence import linear_sparse_divergence_l
 from fused_losses.functional.statistics import linear_token_stats, token_stats
 
 __all__ = [
+    "AnchoredOptions",
+    "AnchoredStats",
     "CommonOptions",
     "KTOStats",
     "LinearOptions",

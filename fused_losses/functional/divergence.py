@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, Unpack
 
-import torch
 from torch import Tensor
 
 from fused_losses.arguments import check_number, refuse_gradient, refuse_unserved
@@ -12,11 +11,9 @@ from fused_losses.backends import RowMaths, lines
 from fused_losses.divergences import Divergence, DivergenceName, check_divergence, check_teacher
 from fused_losses.engine.captured import refuse_captured_elementwise
 from fused_losses.engine.divergence_rows import DivergenceCall, logits_divergence
-from fused_losses.engine.head import Head
-from fused_losses.engine.teacher import Teacher, divergence_step
+from fused_losses.engine.teacher import divergence_step
 from fused_losses.engine.unit_sum import Step
-from fused_losses.functional.head import check_head, compute_dtype
-from fused_losses.functional.linear_source import LinearSource, open_source
+from fused_losses.functional.linear_source import open_source
 from fused_losses.functional.logits_source import LogitsSource
 from fused_losses.functional.observe import report_plan, report_stats, statistics_wanted
 from fused_losses.functional.options import (
@@ -27,11 +24,11 @@ from fused_losses.functional.options import (
 )
 from fused_losses.functional.row_losses import reduced, token_losses_of_rows
 from fused_losses.functional.sources import eager_only, lays_out_units, wants_gradient
+from fused_losses.functional.teacher import TEACHER_CURE, open_teacher
 from fused_losses.functional.tokens import check_device, check_float
 from fused_losses.plan import plan_logits
 
 _TEACHER = ("teacher_input", "teacher_weight", "teacher_bias")
-_CURE = "the teacher is a constant: run it under torch.no_grad(), and pass what it holds detached"
 
 _eager_only = eager_only(
     "divergences of two models run eagerly only; call them outside torch.compile"
@@ -105,7 +102,7 @@ def divergence_loss(
     for name, t in (("logits", logits), ("teacher_logits", teacher_logits)):
         refuse_unserved(name, t)
     check_device("teacher_logits", teacher_logits, "logits", logits)
-    refuse_gradient("teacher_logits", teacher_logits, _CURE)
+    refuse_gradient("teacher_logits", teacher_logits, TEACHER_CURE)
     if teacher_logits.dim() < 1:
         raise ValueError(f"teacher_logits must be (..., V), got {tuple(teacher_logits.shape)}")
     V, leading = logits.shape[-1], logits.shape[:-1]
@@ -184,16 +181,14 @@ def linear_divergence_loss(
         options, source.backend, divergence, mixture, mle_weight, teacher_softcap,
         teacher_logit_scale,
     )  # fmt: skip
-    teacher = _teacher(source, teacher_input, teacher_weight, teacher_bias)
+    teacher = open_teacher(source, teacher_input, teacher_weight, teacher_bias, _TEACHER)
 
     def step(weight: Tensor, each: Tensor, gradient: bool) -> Step:
         return divergence_step(teacher, weight, each, asked, gradient=gradient)
 
-    width, dtype = teacher.x.shape[-1], teacher.head.compute_dtype
     call = source.call(None, entropy=statistics_wanted())
     tokens = source.tokens(target)
-    more = {"teacher_hidden": width, "teacher_dtype": dtype}
-    return token_losses_of_rows(source, tokens, options, call, step, **more)
+    return token_losses_of_rows(source, tokens, options, call, step, **teacher.shape)
 
 
 def _call(
@@ -216,27 +211,13 @@ def _call(
         refuse_captured_elementwise(of, chosen.torch_fn, arguments=2)
     return DivergenceCall(
         chosen,
-        check_number("mle_weight", mle_weight, low=0.0, closed=True),
-        options.z_loss,
         options.maths,
         RowMaths(scale, teacher_softcap, options.temperature),
         options.ignore_index,
         backend,
+        mle_weight=check_number("mle_weight", mle_weight, low=0.0, closed=True),
+        z_loss=options.z_loss,
     )
-
-
-def _teacher(source: LinearSource, input: Any, weight: Any, bias: Any) -> Teacher:
-    """Check the teacher's hidden states and head against the student's."""
-    check_head(input, weight, bias, _TEACHER)
-    check_device("teacher_input", input, "input", source.input)
-    for name, t in zip(_TEACHER, (input, weight, bias), strict=True):
-        refuse_gradient(name, t, _CURE)
-    V, leading = source.weight.shape[0], source.input.shape[:-1]
-    check_teacher(V, weight.shape[0], leading, input, "teacher_input")
-    compute = compute_dtype(input, weight)
-    x, bias = input.detach(), None if bias is None else bias.detach()
-    head = Head(weight.detach(), bias, compute, torch.promote_types(compute, torch.float32))
-    return Teacher(x.reshape(-1, x.shape[-1]), head)
 
 
 def _batched(z: Tensor) -> Tensor:

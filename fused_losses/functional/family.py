@@ -58,6 +58,15 @@ class Family:
         return Objective(loss, 1.0, max_weight, options.label_smoothing, options.z_loss)
 
 
+def check_device_function(o: Objective, backend: str) -> None:
+    """Raise where a loss has no function for the kernels that would run it."""
+    if o.loss.device_fn is None and backend == "triton":
+        raise ValueError(
+            f"loss={o.loss.name!r} has no device_fn, which backend='triton' needs; "
+            "give the TokenLoss one, or use backend='torch'"
+        )
+
+
 def run_family(
     source: Source, options: Options, target: Any, ref_logps: Any, family: Family
 ) -> Tensor:
@@ -87,11 +96,7 @@ def _tokens(
     entropy: bool,
 ) -> tuple[Tensor, Tensor]:
     """Equations (5)-(7) per token, then the reduction; and row results."""
-    if o.loss.device_fn is None and source.backend == "triton":
-        raise ValueError(
-            f"loss={o.loss.name!r} has no device_fn, which backend='triton' needs; "
-            "give the TokenLoss one, or use backend='torch'"
-        )
+    check_device_function(o, source.backend)
     value, weight = tokens.value(offset), tokens.weight(options.token_weight)
     if not o.loss.uses_reference:
         ref = value = None

@@ -7,11 +7,12 @@ from typing import Unpack
 
 from torch import Tensor
 
-from fused_losses.functional.family import Family, run_family
+from fused_losses.functional.anchor import run_token_loss
+from fused_losses.functional.family import Family
 from fused_losses.functional.linear_source import open_source
 from fused_losses.functional.options import (
+    AnchoredOptions,
     Level,
-    LinearOptions,
     SharedLinearOptions,
     check_token_loss,
 )
@@ -21,7 +22,7 @@ from fused_losses.token_losses import TokenLoss
 
 
 def linear_mle_loss(
-    input: Tensor, linear_weight: Tensor, target: Tensor, **common: Unpack[LinearOptions]
+    input: Tensor, linear_weight: Tensor, target: Tensor, **common: Unpack[AnchoredOptions]
 ) -> Tensor:
     """Maximum likelihood from hidden states: head and cross-entropy in bounded memory.
 
@@ -36,7 +37,7 @@ def linear_mle_loss(
         input: (..., D) hidden states, floating point.
         linear_weight: (V, D).
         target: (...), int64 or int32, in [0, V) or ``ignore_index``.
-        **common: See :class:`fused_losses.LinearOptions`.
+        **common: See :class:`fused_losses.AnchoredOptions`.
 
     Returns:
         0-d loss in nats (``reduction="none"``: target's shape, 0 at ignored positions), fp32 or
@@ -49,8 +50,9 @@ def linear_mle_loss(
         IndexError: A label outside [0, V); on a GPU only with ``validate=True``, else the loss is
             NaN.
     """
-    source, options = open_source(linear_mle_loss, input, linear_weight, common, precise=False)
-    return run_family(source, options, target, None, Family())
+    return run_token_loss(
+        linear_mle_loss, input, linear_weight, target, None, Family(), common, precise=False
+    )
 
 
 def linear_pearson_loss(
@@ -63,20 +65,21 @@ def linear_pearson_loss(
     value: float | Tensor = 0.0,
     level: Level = "token",
     segment_ids: Tensor | None = None,
-    **common: Unpack[LinearOptions],
+    **common: Unpack[AnchoredOptions],
 ) -> Tensor:
     """:func:`pearson_loss` from hidden states, at the cost of :func:`linear_mle_loss`.
 
     Arguments, returns and errors are those of :func:`pearson_loss`; in place of the logits come
     the hidden states ``input`` (..., D) and the head ``linear_weight`` (V, D) of
-    :func:`linear_mle_loss`, and ``common`` is :class:`fused_losses.LinearOptions`.
+    :func:`linear_mle_loss`, and ``common`` is :class:`fused_losses.AnchoredOptions`.
 
     Logits of 16-bit operands are fp32 by default: ratios to a reference need it. Policy and
     reference should take the same path. Sequences are whole units (:func:`linear_loss`).
     """
-    source, options = open_source(linear_pearson_loss, input, linear_weight, common, precise=True)
     family = Family("pearson", beta, value, level, segment_ids=segment_ids)
-    return run_family(source, options, target, ref_logps, family)
+    return run_token_loss(
+        linear_pearson_loss, input, linear_weight, target, ref_logps, family, common, precise=True
+    )
 
 
 def linear_hellinger_loss(
@@ -90,19 +93,20 @@ def linear_hellinger_loss(
     level: Level = "token",
     max_weight: float = 4.0,
     segment_ids: Tensor | None = None,
-    **common: Unpack[LinearOptions],
+    **common: Unpack[AnchoredOptions],
 ) -> Tensor:
     """:func:`hellinger_loss` from hidden states, at the cost of :func:`linear_mle_loss`.
 
     Arguments, returns and errors are those of :func:`hellinger_loss`; in place of the logits come
     the hidden states ``input`` (..., D) and the head ``linear_weight`` (V, D) of
-    :func:`linear_mle_loss`, and ``common`` is :class:`fused_losses.LinearOptions`.
+    :func:`linear_mle_loss`, and ``common`` is :class:`fused_losses.AnchoredOptions`.
 
     Precision and sequences as in :func:`linear_pearson_loss`.
     """
-    source, options = open_source(linear_hellinger_loss, input, linear_weight, common, precise=True)
     family = Family("hellinger", beta, value, level, max_weight, segment_ids)
-    return run_family(source, options, target, ref_logps, family)
+    return run_token_loss(
+        linear_hellinger_loss, input, linear_weight, target, ref_logps, family, common, precise=True
+    )
 
 
 def linear_token_loss(
@@ -117,20 +121,21 @@ def linear_token_loss(
     level: Level = "token",
     max_weight: float = 4.0,
     segment_ids: Tensor | None = None,
-    **common: Unpack[LinearOptions],
+    **common: Unpack[AnchoredOptions],
 ) -> Tensor:
     """:func:`token_loss` from hidden states, at the cost of :func:`linear_mle_loss`.
 
     Arguments, returns and errors are those of :func:`token_loss`; in place of the logits come
     the hidden states ``input`` (..., D) and the head ``linear_weight`` (V, D) of
-    :func:`linear_mle_loss`, and ``common`` is :class:`fused_losses.LinearOptions`.
+    :func:`linear_mle_loss`, and ``common`` is :class:`fused_losses.AnchoredOptions`.
 
     Precision and sequences as in :func:`linear_pearson_loss`; ``mle`` as :func:`linear_mle_loss`.
     """
     precise = check_token_loss(loss).name != "mle"
-    source, options = open_source(linear_token_loss, input, linear_weight, common, precise=precise)
     family = Family(loss, beta, value, level, max_weight, segment_ids)
-    return run_family(source, options, target, ref_logps, family)
+    return run_token_loss(
+        linear_token_loss, input, linear_weight, target, ref_logps, family, common, precise=precise
+    )
 
 
 def linear_dpo_loss(

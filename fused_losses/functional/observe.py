@@ -39,6 +39,25 @@ class PairStats(NamedTuple):
     rejected_rewards: Tensor
 
 
+class AnchoredStats(NamedTuple):
+    """What a pass of an anchored loss tells, detached: the :class:`TokenStats` fields, and the KL.
+
+    Attributes:
+        logps: Per token, as in :class:`TokenStats`.
+        lse: Per token, as in :class:`TokenStats`.
+        entropy: Per token, as in :class:`TokenStats`.
+        is_top1: Per token, as in :class:`TokenStats`.
+        kl: Per token, target's shape: the KL divergence of ``anchor``, nats, over the whole
+            vocabulary.
+    """
+
+    logps: Tensor
+    lse: Tensor
+    entropy: Tensor | None
+    is_top1: Tensor
+    kl: Tensor
+
+
 class PolicyStats(NamedTuple):
     """What a pass of a policy loss tells, detached: the :class:`TokenStats` fields, and its own.
 
@@ -86,7 +105,7 @@ class KTOStats(NamedTuple):
     rewards: Tensor
 
 
-Stats = TokenStats | PairStats | PolicyStats | KTOStats
+Stats = TokenStats | AnchoredStats | PairStats | PolicyStats | KTOStats
 
 
 class _Explained(BaseException):
@@ -144,8 +163,9 @@ def with_stats(fn: Callable[..., Tensor], *args: Any, **kwargs: Any) -> tuple[Te
 
     Returns:
         ``(loss, stats)``: exactly what ``fn`` returns, and the detached :class:`TokenStats`
-        (entropy included) of target's shape, the :class:`PairStats` of a DPO loss, the
-        :class:`KTOStats` of a KTO loss, or the :class:`PolicyStats` of a policy loss.
+        (entropy included) of target's shape, the :class:`AnchoredStats` of an anchored loss, the
+        :class:`PairStats` of a DPO loss, the :class:`KTOStats` of a KTO loss, or the
+        :class:`PolicyStats` of a policy loss.
 
     Raises:
         TypeError: ``fn`` has no such statistics.

@@ -25,6 +25,7 @@ from fused_losses.token_losses import TOKEN_LOSSES, TokenLoss
 
 Reduction = Literal["mean", "sum", "none"]
 Level = Literal["token", "sequence"]
+Anchor = Literal["forward_kl", "reverse_kl"]
 
 
 class SharedOptions(TypedDict, total=False):
@@ -98,6 +99,34 @@ class LinearOptions(SharedLinearOptions, total=False):
     label_smoothing: float
 
 
+class AnchoredOptions(LinearOptions, total=False):
+    """:class:`LinearOptions` and the anchor of token losses of hidden states.
+
+    To each token's loss comes ``anchor_weight`` times the KL divergence over the whole vocabulary
+    that ties the policy to a reference model, in the same pass: 8 N D V FLOPs for a reference as
+    wide as the policy, 6 with a frozen head, 4 without gradients (``reduction="none"``: 12 and 10);
+    no logits of either are stored. The reference's logits get the policy's softcap, scale and
+    temperature; logits are fp32 by default. Eager only. ``with_stats`` gives
+    :class:`AnchoredStats`. ASFT is ``linear_token_loss(loss="dft")`` with it.
+
+    Attributes:
+        anchor_weight: Weight of the KL, > 0; 0.0 (default): no anchor.
+        anchor: "forward_kl" (default), KL(reference || policy), or "reverse_kl", KL(policy ||
+            reference).
+        anchor_input: (..., D') hidden states of the reference, at the positions of ``input``.
+            Constant.
+        anchor_weight_matrix: (V, D'), the reference's head, over the same words. Constant: of a
+            frozen head the policy's own, else a copy.
+        anchor_bias: (V,) bias of that head.
+    """
+
+    anchor_weight: float
+    anchor: Anchor
+    anchor_input: Tensor
+    anchor_weight_matrix: Tensor
+    anchor_bias: Tensor | None
+
+
 @dataclass(frozen=True)
 class Options:
     """Checked common options."""
@@ -130,6 +159,7 @@ class Options:
 
 COMMON = frozenset(CommonOptions.__annotations__)
 LINEAR = frozenset(LinearOptions.__annotations__) - COMMON
+ANCHOR = frozenset(AnchoredOptions.__annotations__) - COMMON - LINEAR
 
 
 _DEFAULTS = Options()
@@ -141,6 +171,9 @@ def keywords_of(function: Callable[..., Any]) -> set[str]:
     names = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
         names |= COMMON | (LINEAR if any(p.name == "linear_weight" for p in parameters) else set())
+        names |= (
+            ANCHOR if any("AnchoredOptions" in str(p.annotation) for p in parameters) else set()
+        )
     return names
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +15,7 @@ from fused_losses.engine.call import Call, Needs
 from fused_losses.engine.logits_each import MakeStep, logits_each
 from fused_losses.engine.unit_sum import UnitLayout, unit_sum
 from fused_losses.functional.linear_source import LinearSource
-from fused_losses.functional.observe import report_plan, report_stats
+from fused_losses.functional.observe import Stats, report_plan, report_stats
 from fused_losses.functional.options import Options
 from fused_losses.functional.sources import lays_out_units
 from fused_losses.functional.tokens import Tokens, mean_factor
@@ -26,6 +27,10 @@ def token_losses_of_rows(
     options: Options,
     call: Call,
     make_step: MakeStep,
+    *,
+    ref: Tensor | None = None,
+    value: Tensor | None = None,
+    stats: Callable[[Tensor], Stats] | None = None,
     **shape: Any,
 ) -> Tensor:
     """Run a step on chunks of tokens and reduce their losses.
@@ -36,14 +41,22 @@ def token_losses_of_rows(
         options: The common options.
         call: What the row passes are asked for.
         make_step: Makes the step.
+        ref: (N,) for the call's objective.
+        value: (N,) for it; not differentiated.
+        stats: Makes of row results what there is to report; None: the tokens' statistics.
         **shape: What the planner is to know beside the call: see ``LinearShape``.
     """
+
+    def tokens_only(rows: Tensor) -> Stats:
+        return tokens.stats(rows, entropy=call.entropy)
+
     weight = tokens.weight(options.token_weight)
     if not lays_out_units(tokens):
         each = source.statistics(tokens, entropy=False)[lines.LOGP]
         return reduced(each, weight, tokens, options)
-    each, rows = _run(source, tokens, weight, options, call, make_step, shape)
-    report_stats(lambda: tokens.stats(rows, entropy=call.entropy))
+    data = (ref, value)
+    each, rows = _run(source, tokens, weight, options, call, make_step, data, shape)
+    report_stats(lambda: (stats or tokens_only)(rows))
     if options.reduction == "none":
         return reduced(each, weight, tokens, options)
     return each * mean_factor(tokens.counted.sum(), options).to(each.dtype)
@@ -56,6 +69,7 @@ def _run(
     options: Options,
     call: Call,
     make_step: MakeStep,
+    data: tuple[Tensor | None, Tensor | None],
     more: dict[str, Any],
 ) -> tuple[Tensor, Tensor]:
     """Return the weighted sum of the losses or, unreduced, each (N,); and row results."""
@@ -74,14 +88,15 @@ def _run(
         sums = {name: getattr(plan, name) + getattr(forward, name) for name in fields}
         both = replace(plan, **sums)
         report_plan(lambda: both)
-        return logits_each(*operands, (forward, plan), make_step)
+        return logits_each(*operands, (forward, plan), make_step, *data)
     report_plan(lambda: plan)
     of_row = torch.promote_types(call.linear.logits_dtype, torch.float32)
     each = torch.zeros(tokens.y.shape, dtype=of_row, device=tokens.y.device)
     own = torch.ones_like(each)
     if weight is not None and options.reduction != "none":  # which weighs its results
         own = weight.detach()
-    total, rows = unit_sum(*operands, plan, make_step(own, each, trained.need_gradient))
+    step = make_step(own, each, trained.need_gradient)
+    total, rows = unit_sum(*operands, plan, step, *data)
     return (each if options.reduction == "none" else total), rows
 
 

@@ -13,6 +13,7 @@ from fused_losses.arguments import check_flag, check_number, expand_units
 from fused_losses.policy import policy_loss
 from fused_losses.reference import kto, losses, pairs
 from fused_losses.reference import stats as statistics
+from fused_losses.reference.anchor import anchored
 from fused_losses.reference.rows import counted_rows, linear_logits
 from fused_losses.stats import TokenStats, call_on_stats
 
@@ -25,13 +26,15 @@ def linear_mle_loss(input: Tensor, linear_weight: Tensor, target: Tensor, **opti
         linear_weight: (V, D), the head's weight.
         target: (...), int64 or int32.
         **options: ``linear_bias`` (V,), those of ``mle_loss``, and ``workspace_bytes``,
-            ``accum_dtype``, ``logits_dtype``, which have no effect here.
+            ``accum_dtype``, ``logits_dtype``, which have no effect here; ``anchor_weight`` times
+            the KL of ``anchor`` to a reference, ``anchor_input`` (..., D') and
+            ``anchor_weight_matrix`` (V, D'), ``anchor_bias`` (V,).
 
     Returns:
         As ``mle_loss``; gradients reach input, weight and bias.
     """
     logits, options = _logits(input, linear_weight, target, **options)
-    return losses.mle_loss(logits, target, **options)
+    return anchored(losses.mle_loss, logits, target, **options)
 
 
 def linear_pearson_loss(
@@ -39,7 +42,7 @@ def linear_pearson_loss(
 ) -> Tensor:
     """``pearson_loss`` of a linear head; arguments as in ``linear_mle_loss``."""
     logits, options = _logits(input, linear_weight, target, **options)
-    return losses.pearson_loss(logits, target, ref_logps, **options)
+    return anchored(losses.pearson_loss, logits, target, ref_logps, **options)
 
 
 def linear_hellinger_loss(
@@ -47,7 +50,7 @@ def linear_hellinger_loss(
 ) -> Tensor:
     """``hellinger_loss`` of a linear head; arguments as in ``linear_mle_loss``."""
     logits, options = _logits(input, linear_weight, target, **options)
-    return losses.hellinger_loss(logits, target, ref_logps, **options)
+    return anchored(losses.hellinger_loss, logits, target, ref_logps, **options)
 
 
 def linear_token_loss(
@@ -59,7 +62,7 @@ def linear_token_loss(
 ) -> Tensor:
     """``token_loss`` of a linear head; arguments as in ``linear_mle_loss``."""
     logits, options = _logits(input, linear_weight, target, **options)
-    return losses.token_loss(logits, target, ref_logps, **options)
+    return anchored(losses.token_loss, logits, target, ref_logps, **options)
 
 
 def linear_dpo_loss(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import re
 import runpy
 import subprocess
@@ -183,6 +184,37 @@ def test_the_reference_holds_every_public_name_once():
     names = documented()
     assert len(names) == len(set(names))
     assert {f"fused_losses.{name}" for name in fused_losses.__all__} <= set(names)
+
+
+FUNCTIONS = [n for n in fused_losses.__all__ if inspect.isfunction(getattr(fused_losses, n))]
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_every_public_function_has_a_page_on_one_template(name):
+    text = read(DOCS / "reference" / "functions" / f"{name}.md")
+    assert text.startswith(f"# {name}\n")
+    assert REFERENCE.findall(text) == [f"fused_losses.{name}"]
+    assert re.findall(r"^## (.*)$", text, re.MULTILINE) == ["Contract", "Limits"]
+    assert f"<!-- facts: {name} -->" in text
+    assert text.partition("## Limits\n\n- ")[2].strip()
+
+
+def test_the_facts_of_a_function_are_those_of_its_plan_its_measurements_and_its_tests(monkeypatch):
+    monkeypatch.syspath_prepend(DOCS / "tools")
+    import facts
+
+    linear = {name for name in FUNCTIONS if name.startswith("linear_")}
+    assert set(facts.calls()) == linear
+    text = facts.on_page_markdown("before\n<!-- facts: linear_pearson_loss -->\nafter")
+    assert text.startswith("before\n## Cost")
+    assert "| trained head | token | 6 |" in text
+    assert "| frozen head | frozen | 4 |" in text
+    assert "| no gradients | forward | 2 |" in text
+    assert "## Accuracy" in text
+    assert "of `pearson`" in text
+    assert "`tests/test_linear_autograd.py`" in text
+    for name in FUNCTIONS:
+        assert facts.tests_of(name), f"no test names {name}"
 
 
 @pytest.mark.parametrize(

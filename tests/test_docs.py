@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import json
 import re
 import runpy
 import subprocess
@@ -215,6 +216,31 @@ def test_the_facts_of_a_function_are_those_of_its_plan_its_measurements_and_its_
     assert "`tests/test_linear_autograd.py`" in text
     for name in FUNCTIONS:
         assert facts.tests_of(name), f"no test names {name}"
+
+
+def test_the_page_of_studies_shows_each_study_once_as_its_results_say(monkeypatch, tmp_path):
+    pytest.importorskip("mkdocs", reason="the hook stands on its files")
+    monkeypatch.syspath_prepend(DOCS / "tools")
+    import studies
+
+    asked = re.findall(r"<!-- study: (\w+) -->", read(DOCS / "studies.md"))
+    assert sorted(asked) == sorted(p.stem for p in (ROOT / "examples/studies").glob("*.yaml"))
+    assert "has been committed yet" in studies.section("none")
+    monkeypatch.setattr(studies, "RESULTS", tmp_path)
+    interval = {"mean": 1.25, "low": 1.0, "high": 2.0, "seeds": 2}
+    packages = {"torch": "2.13.0"}
+    results = {
+        "machine": {"cpu": "a CPU", "cores": 2, "packages": packages, "commit": "abc"},
+        "seconds": 120.0,
+        "parts": {"mle, seed 0": {}, "mle, seed 3": {}},
+        "summary": {"KL(pi || pi_ref)": interval, "by": {"one": 1.5, "two": None}},
+    }
+    (tmp_path / "some.json").write_text(json.dumps(results))
+    text = studies.on_page_markdown("<!-- study: some -->")
+    assert "a CPU, 2 cores, torch 2.13.0, commit abc; 2 seed(s), 2 minutes" in text
+    assert r"| KL(pi \|\| pi_ref) | 1.25 [1, 2] |" in text
+    assert "| by: one | 1.5 |\n| by: two | - |" in text
+    assert "(studies/some.png)" in text
 
 
 @pytest.mark.parametrize(

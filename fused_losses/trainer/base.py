@@ -27,7 +27,7 @@ from fused_losses.trainer.start_references import references_wanted, with_refere
 from fused_losses.trainer.telemetry import Sums, Telemetry, TrainingRecord, means
 
 # What the loss reads, and the model does not.
-_LOSS_INPUTS = ("labels", "ref_logps", "segment_ids", "scored_by", "row", "sample", "num_tokens")
+LOSS_INPUTS = ("labels", "ref_logps", "segment_ids", "scored_by", "row", "sample", "num_tokens")
 
 
 class PostTrainer(Trainer):
@@ -100,6 +100,7 @@ class PostTrainer(Trainer):
             wanted=wants_reference,
             sharded=self.is_fsdp_enabled or self.is_deepspeed_enabled,
         )
+        self._ref_model = ref_model if args.anchored else None
         self._pack()
 
     def _pack(self) -> None:
@@ -150,7 +151,7 @@ class PostTrainer(Trainer):
         Raises:
             NonFiniteLossError: The training loss is NaN or infinite.
         """
-        own = {name: inputs[name] for name in _LOSS_INPUTS if name in inputs}
+        own = {name: inputs[name] for name in LOSS_INPUTS if name in inputs}
         passed = {k: v for k, v in inputs.items() if k not in own}
         totals = {}
         if num_items_in_batch is not None:
@@ -216,8 +217,7 @@ class PostTrainer(Trainer):
         """Loss and telemetry of a batch; there are no logits to return."""
         inputs = without_repeats(self._prepare_inputs(inputs), self.accelerator)
         with torch.no_grad(), self.compute_loss_context_manager(), warnings.catch_warnings():
-            # Repeats are masked whole.
-            warnings.filterwarnings("ignore", "target rows .* have no counted token")
+            warnings.filterwarnings("ignore", "target rows .* have no counted token")  # repeats
             return self.compute_loss(model, inputs).detach(), None, None
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:

@@ -80,6 +80,11 @@ class PostTrainingConfig(DataConfig):
             )
 
     @property
+    def anchored(self) -> bool:
+        """Whether a reference model runs beside the policy."""
+        return False
+
+    @property
     def linear_options(self) -> dict[str, Any]:
         """Options of every loss of hidden states."""
         return {"workspace_bytes": self.workspace_bytes}
@@ -117,6 +122,21 @@ class SFTConfig(PostTrainingConfig):
         },
     )
     z_loss: float = field(default=0.0, metadata={"help": "lambda of the term lambda * lse^2."})
+    anchor_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of the KL divergence from the reference over the whole vocabulary, "
+            "added to each token's loss. The reference runs beside the model: a frozen copy of it "
+            "as it starts, its base with adapters off, or ref_model. 0: no anchor."
+        },
+    )
+    anchor: str = field(
+        default="forward_kl",
+        metadata={
+            "help": "forward_kl: KL(reference || model), reverse_kl: KL(model || reference).",
+            "choices": ["forward_kl", "reverse_kl"],
+        },
+    )
     dataset_text_field: str = field(
         default="text", metadata={"help": "Column of plain text, if the data has no other format."}
     )
@@ -178,6 +198,14 @@ class SFTConfig(PostTrainingConfig):
         if self.max_weight != math.inf:
             check_range("max_weight", self.max_weight, self.max_weight > 1.0, "> 1")
         check_range("z_loss", self.z_loss, self.z_loss >= 0.0, ">= 0")
+        check_range("anchor_weight", self.anchor_weight, self.anchor_weight >= 0.0, ">= 0")
+        check_choice("anchor", self.anchor, ("forward_kl", "reverse_kl"))
+        if self.level == "sequence" and self.anchored:
+            raise ValueError("anchor_weight is not taken at level='sequence'; leave it at 0")
+        if self.anchor != "forward_kl" and not self.anchored:
+            raise ValueError(
+                f"anchor={self.anchor!r} would not be read: anchor_weight is 0; give it a weight"
+            )
         if self.level == "sequence" and self.z_loss:
             raise ValueError("z_loss is not taken at level='sequence'; leave it at 0")
         if self.label_smoothing_factor and (self.loss != "mle" or self.level != "token"):
@@ -185,6 +213,11 @@ class SFTConfig(PostTrainingConfig):
                 "label_smoothing_factor belongs to loss='mle' at level='token', got "
                 f"loss={self.loss!r}, level={self.level!r}; leave it at 0"
             )
+
+    @property
+    def anchored(self) -> bool:
+        """Whether a reference model runs beside the policy."""
+        return self.anchor_weight > 0.0
 
     @property
     def packs_training(self) -> bool:

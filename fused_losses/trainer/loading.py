@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 
@@ -60,6 +63,19 @@ def move(ref_model: Any, device: Any) -> None:
     fixed = ("hf_quantizer", "hf_device_map")
     if all(getattr(ref_model, name, None) is None for name in fixed):
         ref_model.to(device)
+
+
+@contextmanager
+def frozen(model: Any) -> Iterator[None]:
+    """Evaluation mode, without gradients."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def _base(model: Any) -> Any:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -23,6 +22,7 @@ from fused_losses.integrations.shares import in_shares
 from fused_losses.trainer.collate import Collator
 from fused_losses.trainer.config import PostTrainingConfig, SFTConfig
 from fused_losses.trainer.data import IGNORE, SIDES, Preparation
+from fused_losses.trainer.loading import frozen
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +106,7 @@ class Reference:
 
         batches = [order[first : first + size] for first in range(0, len(order), size)]
         what = f"computing the reference log-probs of {name}"
-        with bar, self._frozen(), self.named.autocast():
+        with bar, frozen(self.model), self.named.autocast():
             for at, found in in_shares(batches, compute, what, self.args):
                 if self._writes:  # the others read the file
                     for n, row in zip(at, found, strict=True):
@@ -130,18 +130,6 @@ class Reference:
             use_cache=False,
             fused=logps,
         ).fused
-
-    @contextlib.contextmanager
-    def _frozen(self) -> Iterator[None]:
-        """Evaluation mode, without gradients."""
-        training = [module for module in self.model.modules() if module.training]
-        self.model.eval()
-        try:
-            with torch.no_grad():
-                yield
-        finally:
-            for module in training:
-                module.training = True
 
 
 def precompute_ref_logps(

@@ -10,9 +10,16 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import TrainerCallback
 
-from fused_losses import TOKEN_LOSSES, TokenLoss, TokenStats, linear_token_loss
+from fused_losses import (
+    TOKEN_LOSSES,
+    AnchoredStats,
+    TokenLoss,
+    TokenStats,
+    linear_token_loss,
+)
 from fused_losses.integrations.dropout import disable_dropout
-from fused_losses.trainer.base import PostTrainer
+from fused_losses.trainer.anchor import Anchor, check_anchor
+from fused_losses.trainer.base import LOSS_INPUTS, PostTrainer
 from fused_losses.trainer.config import SFTConfig
 from fused_losses.trainer.data import IGNORE
 from fused_losses.trainer.settings import check_args, refuse_unserved
@@ -31,6 +38,11 @@ class SFTTrainer(PostTrainer):
     ``mean_token_accuracy``, ``num_tokens``, ``values/mean`` (13); against a reference
     ``rewards/implicit`` (12), ``drift`` (mean |logp - ref|) and, where the loss has weights,
     ``weights/reversed`` and ``weights/capped``; evaluation the same with ``eval_``.
+
+    ``args.anchor_weight`` adds the KL divergence from the reference over the whole vocabulary, in
+    the same pass; its mean over tokens is logged as ``anchor/kl``. The reference's hidden states
+    are made in the same step: by ``ref_model``; else, where adapters change nothing yet, by the
+    base model with them off; else by a frozen copy of the model as it starts.
 
     Args:
         model: A causal LM of transformers, a PeftModel, or a name to load (with its tokenizer).
@@ -101,9 +113,25 @@ class SFTTrainer(PostTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        check_anchor(args, sharded=self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        self._anchor: Anchor | None = None
+        if args.anchored:
+            self._anchor = Anchor(self.model, self._ref_model, args, self.accelerator)
         off = args.disable_dropout
-        if self.loss.uses_reference if off is None else off:
+        if (self.loss.uses_reference or args.anchored) if off is None else off:
             disable_dropout(self.model)
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Loss and telemetry of a batch, from one pass; the anchor's reference runs before it."""
+        if self._anchor is not None:
+            self._anchor.see({k: v for k, v in inputs.items() if k not in LOSS_INPUTS})
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def loss_call(self, inputs: dict[str, Tensor]) -> tuple[Callable[..., Tensor], dict[str, Any]]:
         """Return the token loss and its arguments."""
@@ -121,6 +149,9 @@ class SFTTrainer(PostTrainer):
                 "z_loss": self.args.z_loss,
                 "label_smoothing": self.args.label_smoothing_factor,
             }
+        if self._anchor is not None:
+            arguments |= {"anchor_weight": self.args.anchor_weight, "anchor": self.args.anchor}
+            arguments |= self._anchor.arguments(inputs)
         return linear_token_loss, arguments
 
     def items(self, batch: dict[str, Tensor]) -> Tensor:
@@ -138,12 +169,14 @@ class SFTTrainer(PostTrainer):
         alone = self.state.logging_steps == 1 or self.args.logging_first_step
         return bool(self.model.training and self.state.global_step == 0 and alone)
 
-    def sums(self, stats: TokenStats, inputs: dict[str, Tensor]) -> Sums:
+    def sums(self, stats: TokenStats | AnchoredStats, inputs: dict[str, Tensor]) -> Sums:
         """Sum the metrics of tokens, and of the loss's weights."""
         labels, ref = inputs["labels"], inputs.get("ref_logps")
         if ref is None and self._logs_start:
             ref = stats.logps
         sums = token_sums(stats, labels, ref, self.args.beta)
+        if isinstance(stats, AnchoredStats):
+            sums["anchor/kl"] = (stats.kl.sum(), (labels != IGNORE).sum())
         if ref is None or not self.loss.uses_reference:
             return sums
         present = labels != IGNORE

@@ -39,7 +39,7 @@ def references_wanted(
     """
     asked = args.precompute_ref_log_probs
     wanted = compares if asked is None else asked
-    if ref_model is not None and not compares and not wanted:
+    if ref_model is not None and not (compares or wanted or args.anchored):
         raise ValueError(
             f"ref_model was given, and {objective} compares with no reference: leave ref_model "
             "out, or set precompute_ref_log_probs=True to log rewards/implicit and drift against it"

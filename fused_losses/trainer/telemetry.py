@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from fused_losses import PairStats, TokenLoss, TokenStats
+from fused_losses import AnchoredStats, PairStats, TokenLoss, TokenStats
 from fused_losses.trainer.finite import FiniteWatch
 from fused_losses.trainer.sequences import IGNORE
 
@@ -103,7 +103,10 @@ def means(taken: dict[str, tuple[float, float]]) -> dict[str, float]:
 
 
 def token_sums(
-    stats: TokenStats | PairStats, labels: Tensor, ref_logps: Tensor | None, beta: float
+    stats: TokenStats | AnchoredStats | PairStats,
+    labels: Tensor,
+    ref_logps: Tensor | None,
+    beta: float,
 ) -> Sums:
     """Sum what every loss has per token (12)-(14)."""
     counted = labels != IGNORE
@@ -122,7 +125,9 @@ def token_sums(
     return sums
 
 
-def log_ratios(stats: TokenStats | PairStats, counted: Tensor, ref_logps: Tensor) -> Tensor:
+def log_ratios(
+    stats: TokenStats | AnchoredStats | PairStats, counted: Tensor, ref_logps: Tensor
+) -> Tensor:
     """Return log-ratios of target's shape, 0 at ignored positions."""
     return torch.where(counted, stats.logps - ref_logps, 0.0)
 

@@ -147,12 +147,12 @@ def verified_pairs(
 def verified_pair(example: Example, seed: int, limits: sandbox.Limits) -> Pair | None:
     """Return a pair whose chosen answer passes and whose rejected answer fails, or None."""
     source = example.prompt + example.completion
-    if not sandbox.run(_program(example, source), limits).passed:
+    if not sandbox.run(program(example, source), limits).passed:
         return None
     candidates = mutants(source, after=len(example.prompt))
     random.Random(f"{seed} {example.task_id}").shuffle(candidates)
     for mutant in candidates:
-        verdict = sandbox.run(_program(example, mutant.source), limits)
+        verdict = sandbox.run(program(example, mutant.source), limits)
         # Out of wall time may just mean a busy machine: that is no evidence against the edit.
         if not verdict.passed and verdict.reason != "wall time":
             rejected = mutant.source[len(example.prompt) :]
@@ -160,7 +160,8 @@ def verified_pair(example: Example, seed: int, limits: sandbox.Limits) -> Pair |
     return None
 
 
-def _program(example: Example, source: str) -> str:
+def program(example: Example, source: str) -> str:
+    """Return the source with the task's tests after it, for ``sandbox.run``."""
     return f"{source}\n\n{example.test}\n\ncheck({example.entry_point})\n"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ pytest.importorskip("accelerate", reason="transformers' Trainer needs it")
 import tiny_training  # noqa: E402
 import training_sets  # noqa: E402
 
-FILES = ["sft.py", "dpo.py", "trl_dpo.py", "accelerate_loop.py", "lora.py", "distill.py"]
+FILES = ["sft.py", "dpo.py", "trl_dpo.py", "accelerate_loop.py", "lora.py", "distill.py", "grpo.py"]
 
 
 @pytest.fixture(autouse=True)
@@ -115,6 +116,29 @@ def test_an_anchor_keeps_sft_near_the_start(names: list[str]) -> None:
         before, drift[anchor] = distill.main([*names, "--steps", "6", "--anchor", anchor])
         assert before == pytest.approx(0.0, abs=1e-6)
     assert 0.0 < drift["10"] < 0.5 * drift["1e-3"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="the sandbox needs POSIX")
+def test_grpo_rewards_what_its_task_s_tests_let_pass(
+    names: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("trl")
+    import grpo
+    import humaneval
+
+    found = [
+        humaneval.Example(str(i), f"def f{i}(x):\n", "    return x\n", check, f"f{i}")
+        for i, check in enumerate(["def check(f):\n    assert f(3) == 3\n", "def check(f): 1 / 0"])
+    ]
+    found.append(found[0]._replace(completion="    return " + "x" * 99 + "\n"))  # no short answer
+    monkeypatch.setattr(humaneval, "load", lambda: (found, []))
+    rows = grpo.tasks(tiny_training.tokenizer(), count=8, max_tokens=99)
+    assert rows["prompt"] == ["def f0(x):\n    return", "def f1(x):\n    return"]
+    prompts, checks = ([row[name] for row in rows for _ in "ab"] for name in ("prompt", "check"))
+    answers = [" x\nwhatever (", " -x", " x", " -x"]
+    assert grpo.passes(prompts, answers, checks) == [1.0, 0.0, 0.0, 0.0]
+    given = ["--steps", "2", "--batch", "2", "--group", "2", "--tokens", "2"]
+    assert len(grpo.main([*names[:2], *given, "--output", str(tmp_path)])) == 2
 
 
 @pytest.mark.parametrize("file", FILES)

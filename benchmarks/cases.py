@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-Loss = Literal["mle", "pearson", "hellinger", "dpo"]
+Loss = Literal[
+    "mle", "pearson", "hellinger", "dpo", "grpo", "kto", "distillation", "sparse teacher", "brier"
+]
 Trained = Literal["head", "hidden", "nothing"]
 
 
@@ -14,7 +16,9 @@ class Case:
     """One comparison: everything that takes part computes the same loss on the same inputs.
 
     Attributes:
-        loss: What is computed; "dpo" on pairs of sequences.
+        loss: What is computed; "dpo" on pairs of sequences, "grpo" and "kto" on sequences,
+            "distillation" from a second model's hidden states, "sparse teacher" from its likeliest
+            words, "brier" as a function of the user's own on whole rows of logits.
         N: Positions, a multiple of 2 ``length``; ``ignored`` of them carry no label.
         D: Hidden size; on the logits path the size behind the planted logits.
         V: Vocabulary.
@@ -50,10 +54,14 @@ class Case:
 
     @property
     def products(self) -> int:
-        """GEMMs of N D V that cannot be avoided: logits, dX, dW; none on the logits path."""
+        """GEMMs of N D V that cannot be avoided: logits, dX, dW; none on the logits path.
+
+        A second model's logits are one more.
+        """
         if self.path == "logits":
             return 0
-        return {"head": 3, "hidden": 2, "nothing": 1}[self.trained]
+        second = self.loss == "distillation"
+        return {"head": 3, "hidden": 2, "nothing": 1}[self.trained] + second
 
     @property
     def name(self) -> str:
@@ -75,6 +83,11 @@ def _every_kind(base: Case) -> list[Case]:
         replace(base, loss="pearson", beside=("mle",)),
         replace(base, loss="hellinger", beside=("mle",)),
         replace(base, loss="dpo", beside=("mle",)),
+        replace(base, loss="grpo", beside=("mle",)),
+        replace(base, loss="kto", beside=("mle",)),
+        replace(base, loss="distillation", beside=("mle",)),
+        replace(base, loss="sparse teacher", beside=("mle",)),
+        replace(base, loss="brier", beside=("mle",)),
         replace(base, trained="hidden"),
         replace(base, loss="dpo", trained="hidden"),
         replace(base, trained="nothing"),

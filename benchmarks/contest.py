@@ -10,8 +10,11 @@ from cases import Case
 from inputs import IGNORED, Batch
 from torch import Tensor
 
-BETA = {"pearson": 0.2, "hellinger": 0.2, "dpo": 0.1}
+BETA = {"pearson": 0.2, "hellinger": 0.2, "dpo": 0.1, "kto": 0.1}
+# Losses of whole rows of logits; all others are of log-probs.
+OF_ROWS = ("distillation", "sparse teacher", "brier")
 MAX_WEIGHT = 4.0
+EPSILON = 0.2
 MIB = 2**20
 
 Run = Callable[[], Tensor]
@@ -31,6 +34,13 @@ def summed_loss(loss: str, logps: Tensor, ref: Tensor | None, y: Tensor) -> Tens
     if loss == "dpo":
         chosen, rejected = ratio.sum(1).chunk(2)
         return -F.logsigmoid(BETA[loss] * (chosen - rejected)).sum()
+    if loss == "kto":
+        margin = BETA[loss] * ratio.sum(1) * (2 * desirable(y) - 1.0)
+        return torch.sigmoid(-margin).sum()
+    if loss == "grpo":
+        w, gain = ratio.exp(), advantages(y).to(ratio)[:, None]
+        surrogate = torch.minimum(w * gain, w.clamp(1 - EPSILON, 1 + EPSILON) * gain)
+        return -(surrogate.masked_fill(~mask, 0.0).sum(1) / mask.sum(1)).sum()
     r = BETA[loss] * ratio
     if loss == "pearson":
         phi = r - r * r / 4
@@ -41,9 +51,49 @@ def summed_loss(loss: str, logps: Tensor, ref: Tensor | None, y: Tensor) -> Tens
     return -phi.sum() / BETA[loss]
 
 
+def desirable(y: Tensor) -> Tensor:
+    """Which responses are, for KTO: the first half."""
+    return torch.arange(y.shape[0], device=y.device) < y.shape[0] // 2
+
+
+def advantages(y: Tensor) -> Tensor:
+    """Per sequence, for GRPO: the first half did better."""
+    return desirable(y).float() * 2.0 - 1.0
+
+
+def summed_rows(loss: str, batch: Batch, dtype: torch.dtype | None = None) -> Tensor:
+    """Sum of a loss of rows of logits over the tokens, in plain torch, all logits in memory."""
+    mask = batch.y != IGNORED
+    y = batch.y[mask][:, None]
+    logits = F.linear(batch.x[mask], batch.w)
+    logp = logits.to(dtype or logits.dtype).log_softmax(-1)
+    if loss == "brier":
+        return brier(logp.exp(), y)
+    if loss == "sparse teacher":
+        theirs = batch.word_logps[mask].to(logp)
+        return (theirs.exp() * (theirs - logp.gather(-1, batch.words[mask]))).sum()
+    taught = F.linear(batch.ref_x[mask].to(batch.x.dtype), batch.w.detach())
+    return F.kl_div(logp, taught.to(logp).log_softmax(-1), reduction="sum", log_target=True)
+
+
+def brier(p: Tensor, y: Tensor) -> Tensor:
+    """Sum of the squared distances of probabilities (R, V) from labels (R, 1)."""
+    return (p.square().sum(-1) - 2.0 * p.gather(-1, y).squeeze(-1) + 1.0).sum()
+
+
+def plain_sum(loss: str, batch: Batch, dtype: torch.dtype | None = None) -> Tensor:
+    """Sum of any loss in plain torch, all logits in memory."""
+    if loss in OF_ROWS:
+        return summed_rows(loss, batch, dtype)
+    return summed_loss(loss, log_probs(batch, dtype), batch.ref, batch.y)
+
+
 def units(case: Case, batch: Batch) -> int:
-    """What a mean divides by: counted tokens, or pairs."""
-    return batch.y.shape[0] // 2 if case.loss == "dpo" else batch.counted
+    """What a mean divides by: counted tokens, pairs, or sequences."""
+    sequences = batch.y.shape[0]
+    return {"dpo": sequences // 2, "grpo": sequences, "kto": sequences}.get(
+        case.loss, batch.counted
+    )
 
 
 def log_probs(batch: Batch, dtype: torch.dtype | None = None) -> Tensor:

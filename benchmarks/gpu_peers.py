@@ -4,8 +4,18 @@ from __future__ import annotations
 
 import torch
 from cases import Case
-from contest import BETA, Prepare, Run, flat, from_token_losses, need_gpu
-from inputs import Batch
+from contest import (
+    BETA,
+    EPSILON,
+    Prepare,
+    Run,
+    advantages,
+    desirable,
+    flat,
+    from_token_losses,
+    need_gpu,
+)
+from inputs import IGNORED, Batch
 from torch import Tensor
 
 
@@ -52,6 +62,47 @@ def liger_dpo(case: Case, batch: Batch, budget: int | None) -> Run:
     frozen, ref_x = batch.w.detach(), batch.ref_x
     y = batch.y.clone()  # it marks its labels as dynamic, on which torch.compile would then fail
     return lambda: loss(batch.w, batch.x, y, ref_input=ref_x, ref_weight=frozen)[0]
+
+
+def liger_grpo(case: Case, batch: Batch, budget: int | None) -> Run:
+    from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
+
+    loss = LigerFusedLinearGRPOLoss(
+        beta=0.0,
+        use_ref_model=False,
+        epsilon_low=EPSILON,
+        epsilon_high=EPSILON,
+        loss_type="grpo",
+    )
+    mask = batch.y != IGNORED
+    ids, gain = batch.y.masked_fill(~mask, 0), advantages(batch.y)
+    more = {"old_per_token_logps": batch.ref}
+    return lambda: loss(batch.x, batch.w, ids, mask.long(), gain, **more)[0]
+
+
+def liger_kto(case: Case, batch: Batch, budget: int | None) -> Run:
+    """Runs the reference's head too, as its DPO does."""
+    from liger_kernel.chunked_loss import LigerFusedLinearKTOLoss
+
+    loss = LigerFusedLinearKTOLoss(beta=BETA["kto"], use_ref_model=True)
+    y = batch.y.clone()
+    more = {
+        "preference_labels": desirable(y),
+        "ref_input": batch.ref_x,
+        "ref_weight": batch.w.detach(),
+        "kl": torch.zeros((), device=y.device),
+    }
+    return lambda: loss(batch.x, batch.w, y, **more)[0]
+
+
+def liger_jsd(case: Case, batch: Batch, budget: int | None) -> Run:
+    """Its distillation loss; with 0 as its mixture it is forward KL."""
+    need_gpu(batch)
+    from liger_kernel.transformers import functional
+
+    x, y = flat(batch)
+    call, taught, frozen = functional.liger_fused_linear_jsd, batch.ref_x.flatten(0, 1), batch.w
+    return lambda: call(x, batch.w, taught, frozen.detach(), y, jsd_beta=0.0)
 
 
 def cut_cross_entropy(filter_eps: str | None) -> Prepare:

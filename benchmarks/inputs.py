@@ -18,6 +18,7 @@ IGNORED = -100
 SPREAD = 4.0
 # Distance of the reference's hidden states from the policy's: log-ratios of about 0.3 a token.
 REFERENCE_NOISE = 0.3
+WORDS = 32  # of a sparse teacher, per position
 _BLOCK = 512
 
 
@@ -35,6 +36,8 @@ class Batch:
     labels: Tensor
     ref: Tensor | None = None  # (S, T) log-probs
     ref_x: Tensor | None = None
+    words: Tensor | None = None  # (S, T, WORDS): the reference's likeliest, and their log-probs
+    word_logps: Tensor | None = None
     pristine: Tensor | None = None  # logits, which some peers overwrite
 
     @property
@@ -73,6 +76,8 @@ class Batch:
             labels=cut(self.labels),
             ref=cut(self.ref),
             ref_x=cut(self.ref_x),
+            words=cut(self.words),
+            word_logps=cut(self.word_logps),
             pristine=None if self.pristine is None else cut(self.pristine),
         )
 
@@ -97,7 +102,7 @@ def make_batch(case: Case, device: str, seed: int = 0) -> Batch:
     y = labels.clone()
     y[:, : round(case.ignored * T)] = IGNORED
 
-    needs_reference = case.loss != "mle"
+    needs_reference = case.loss not in ("mle", "distillation", "sparse teacher", "brier")
     ref = _log_probs(ref_x, w, labels.flatten()).view(S, T) if needs_reference else None
     trains = case.trained != "nothing"
     if case.path == "logits":
@@ -110,7 +115,8 @@ def make_batch(case: Case, device: str, seed: int = 0) -> Batch:
         y,
         labels,
         ref,
-        ref_x.view(S, T, case.D) if needs_reference else None,
+        None if case.loss == "mle" else ref_x.view(S, T, case.D),
+        *(likeliest(ref_x, w, (S, T, WORDS)) if case.loss == "sparse teacher" else ()),
     )
 
 
@@ -120,6 +126,20 @@ def _log_probs(x: Tensor, w: Tensor, y: Tensor) -> Tensor:
         logp = F.linear(rows.float(), w.float()).log_softmax(-1)
         parts.append(logp.gather(-1, label[:, None]).squeeze(-1))
     return torch.cat(parts)
+
+
+@torch.no_grad()
+def likeliest(x: Tensor, w: Tensor, shape: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+    """Words that a model finds likeliest, and their log-probs, as a dataset would hold them."""
+    found = [
+        F.linear(rows.float(), w.float()).log_softmax(-1).topk(shape[-1])
+        for rows in x.split(_BLOCK)
+    ]
+    words, logps = (
+        torch.cat(parts).view(shape)
+        for parts in zip(*((f.indices, f.values) for f in found), strict=True)
+    )
+    return words, logps
 
 
 def softmax_error(batch: Batch) -> tuple[Tensor, Tensor]:

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from cases import Case
-from contest import Run, log_probs, summed_loss, units
-from inputs import Batch, softmax_error
+from contest import Run, plain_sum, units
+from inputs import IGNORED, Batch, softmax_error
 from profiles import gemm_flops, memory_events, peak
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
@@ -146,11 +146,15 @@ def floor(case: Case, batch: Batch) -> tuple[str, Callable[[], None]]:
     z = torch.empty_like(dz)
     dx, dw = torch.empty_like(x), torch.empty_like(w)
 
+    second = batch.ref_x[batch.y != IGNORED] if case.loss == "distillation" else None
+
     def products() -> None:
         torch.mm(x, w.T, out=z)
-        if case.products > 1:
+        if second is not None:
+            torch.mm(second, w.T, out=z)
+        if case.trained != "nothing":
             torch.mm(dz, w, out=dx)
-        if case.products > 2:
+        if case.trained == "head":
             torch.mm(dz.T, x, out=dw)
 
     return f"bare GEMMs, {2 * case.products} NDV", products
@@ -170,7 +174,7 @@ def truth(case: Case, batch: Batch) -> tuple[Tensor, list[Tensor]]:
     for start in range(0, half, step):
         stop = min(start + step, half)
         part = batch.pairs(start, stop, torch.float64)
-        loss = summed_loss(case.loss, log_probs(part), part.ref, part.y) / count
+        loss = plain_sum(case.loss, part) / count
         total += loss.detach()
         if not part.leaves:
             continue

@@ -16,12 +16,17 @@ import torch.nn.functional as F
 from cases import Case
 from contest import (
     BETA,
+    EPSILON,
     MIB,
+    OF_ROWS,
     Prepare,
     Run,
     UnavailableError,
+    advantages,
+    brier,
+    desirable,
     flat,
-    log_probs,
+    plain_sum,
     summed_loss,
     units,
 )
@@ -39,8 +44,49 @@ def ours(case: Case, batch: Batch, budget: int | None) -> Run:
     args = (batch.x, batch.w, batch.y)
     if case.loss == "mle":
         return lambda: fused_losses.linear_mle_loss(*args, workspace_bytes=bytes_)
+    if case.loss in OURS_BY_LOSS:
+        return OURS_BY_LOSS[case.loss](case, batch, bytes_)
     fn = getattr(fused_losses, f"linear_{case.loss}_loss")
     return lambda: fn(*args, batch.ref, beta=BETA[case.loss], workspace_bytes=bytes_)
+
+
+def _ours_grpo(case: Case, batch: Batch, bytes_: int | None) -> Run:
+    args = (batch.x, batch.w, batch.y, batch.ref, advantages(batch.y))
+    return lambda: fused_losses.linear_policy_loss(*args, epsilon=EPSILON, workspace_bytes=bytes_)
+
+
+def _ours_kto(case: Case, batch: Batch, bytes_: int | None) -> Run:
+    args = (batch.x, batch.w, batch.y, batch.ref, desirable(batch.y))
+    return lambda: fused_losses.linear_kto_loss(*args, beta=BETA["kto"], workspace_bytes=bytes_)
+
+
+def _ours_distillation(case: Case, batch: Batch, bytes_: int | None) -> Run:
+    args = (batch.x, batch.w, batch.ref_x, batch.w.detach(), batch.y)
+    return lambda: fused_losses.linear_divergence_loss(*args, workspace_bytes=bytes_)
+
+
+def _ours_sparse(case: Case, batch: Batch, bytes_: int | None) -> Run:
+    args = (batch.x, batch.w, batch.words, batch.word_logps, batch.y)
+    return lambda: fused_losses.linear_sparse_divergence_loss(*args, workspace_bytes=bytes_)
+
+
+def _ours_brier(case: Case, batch: Batch, bytes_: int | None) -> Run:
+    y, count = batch.y.flatten(), units(case, batch)
+
+    def score(stats: fused_losses.TokenStats, rows: Tensor, logits: Tensor) -> Tensor:
+        return brier((logits - stats.lse[:, None]).exp(), y[rows][:, None]) / count
+
+    args = (batch.x, batch.w, batch.y, score)
+    return lambda: fused_losses.linear_loss(*args, logits=True, workspace_bytes=bytes_)
+
+
+OURS_BY_LOSS = {
+    "grpo": _ours_grpo,
+    "kto": _ours_kto,
+    "distillation": _ours_distillation,
+    "sparse teacher": _ours_sparse,
+    "brier": _ours_brier,
+}
 
 
 def ours_in_place(case: Case, batch: Batch, budget: int | None) -> Run:
@@ -65,12 +111,8 @@ def eager(case: Case, batch: Batch, budget: int | None) -> Run:
         return lambda: F.cross_entropy(F.linear(x, batch.w), y)
     count = units(case, batch)
 
-    def run() -> Tensor:
-        # fp32 for a ratio to a reference, as the library does.
-        logps = log_probs(batch, torch.float32)
-        return summed_loss(case.loss, logps, batch.ref, batch.y) / count
-
-    return run
+    # fp32 for a ratio to a reference, or a second distribution, as the library does.
+    return lambda: plain_sum(case.loss, batch, torch.float32) / count
 
 
 def compiled(case: Case, batch: Batch, budget: int | None) -> Run:
@@ -80,8 +122,8 @@ def compiled(case: Case, batch: Batch, budget: int | None) -> Run:
         if loss == "mle":
             logits = x if w is None else F.linear(x, w)
             return F.cross_entropy(logits.flatten(0, 1), y.flatten())
-        inside = replace(batch, x=x, w=w, y=y)
-        return summed_loss(loss, log_probs(inside, torch.float32), ref, y) / count
+        inside = replace(batch, x=x, w=w, y=y, ref=ref)
+        return plain_sum(loss, inside, torch.float32) / count
 
     fn = torch.compile(whole, dynamic=False)
     return lambda: fn(batch.x, batch.w, batch.y, batch.ref)
@@ -136,8 +178,24 @@ def trl(case: Case, batch: Batch, budget: int | None) -> Run:
     return run
 
 
+def trl_distillation(case: Case, batch: Batch, budget: int | None) -> Run:
+    """The loss of TRL's DistillationTrainer, from hidden states."""
+    from trl.trainer.distillation_trainer import _chunked_divergence_loss
+
+    args = (batch.x, batch.ref_x, batch.w, batch.w.detach(), batch.y != IGNORED)
+    return lambda: _chunked_divergence_loss(*args, beta=0.0)[0]
+
+
 def _linear(case: Case) -> bool:
     return case.path == "linear"
+
+
+def _of_log_probs(case: Case) -> bool:
+    return case.path == "linear" and case.loss not in OF_ROWS
+
+
+def _only(loss: str) -> Callable[[Case], bool]:
+    return lambda case: case.path == "linear" and case.loss == loss
 
 
 def _linear_mle(case: Case) -> bool:
@@ -145,11 +203,7 @@ def _linear_mle(case: Case) -> bool:
 
 
 def _linear_ratio(case: Case) -> bool:
-    return case.path == "linear" and case.loss != "mle"
-
-
-def _linear_dpo(case: Case) -> bool:
-    return case.path == "linear" and case.loss == "dpo"
+    return _of_log_probs(case) and case.loss != "mle"
 
 
 @dataclass(frozen=True)
@@ -175,7 +229,8 @@ PEERS: tuple[Peer, ...] = (
     Peer("eager", eager, lambda case: True),
     Peer("torch.compile", compiled, lambda case: True, slow=True),
     Peer("torch chunked", torch_chunked, _linear_mle, budgeted=True),
-    Peer("TRL", trl, _linear),
+    Peer("TRL", trl, _of_log_probs),
+    Peer("TRL distillation", trl_distillation, _only("distillation")),
     Peer("Liger", gpu_peers.liger, lambda case: case.loss == "mle"),
     Peer("Liger, fp32 dW", gpu_peers.liger_fp32, _linear_mle),
     Peer(
@@ -183,15 +238,13 @@ PEERS: tuple[Peer, ...] = (
         gpu_peers.liger_none,
         _linear_ratio,
     ),
-    Peer("Liger per token", gpu_peers.liger_per_token, _linear, slow=True),
-    Peer(
-        "Liger DPO",
-        gpu_peers.liger_dpo,
-        _linear_dpo,
-        slow=True,
-    ),
-    Peer("cut-cross-entropy", gpu_peers.cut_cross_entropy("high"), _linear, slow=True),
-    Peer("cut-cross-entropy, exact", gpu_peers.cut_cross_entropy(None), _linear, slow=True),
+    Peer("Liger per token", gpu_peers.liger_per_token, _of_log_probs, slow=True),
+    Peer("Liger DPO", gpu_peers.liger_dpo, _only("dpo"), slow=True),
+    Peer("Liger GRPO", gpu_peers.liger_grpo, _only("grpo"), slow=True),
+    Peer("Liger KTO", gpu_peers.liger_kto, _only("kto"), slow=True),
+    Peer("Liger JSD", gpu_peers.liger_jsd, _only("distillation")),
+    Peer("cut-cross-entropy", gpu_peers.cut_cross_entropy("high"), _of_log_probs, slow=True),
+    Peer("cut-cross-entropy, exact", gpu_peers.cut_cross_entropy(None), _of_log_probs, slow=True),
     Peer("quack", gpu_peers.quack, _linear_mle, slow=True),
 )
 OURS = Peer("fused-losses", ours, lambda case: True)

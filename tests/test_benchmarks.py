@@ -24,6 +24,7 @@ sys.path.insert(0, str(BENCHMARKS))
 
 import cases  # noqa: E402
 import checks  # noqa: E402
+import contest  # noqa: E402
 import gpu  # noqa: E402
 import inputs  # noqa: E402
 import instruments  # noqa: E402
@@ -37,6 +38,7 @@ import fused_losses  # noqa: E402
 TINY = cases.Case("mle", 32, 16, 97, length=8, budget=1)
 BRIEF = measure.Effort(seconds=0.0, least=2, most=2, slow_peers=False)
 LOSSES = ("mle", "pearson", "hellinger", "dpo")
+OF_RESPONSES, OF_ROWS = ("grpo", "kto"), ("distillation", "sparse teacher", "brier")
 ENVIRONMENT = {
     **os.environ,
     "OMP_NUM_THREADS": "1",
@@ -81,7 +83,7 @@ def test_cases_are_picked_by_size_and_by_name(device):
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_every_kind_of_call_is_measured(device):
     every = cases.select(device, quick=True)
-    assert {case.loss for case in every} == set(LOSSES)
+    assert {case.loss for case in every} == {*LOSSES, *OF_RESPONSES, *OF_ROWS}
     assert {case.trained for case in every} == {"head", "hidden", "nothing"}
     assert {case.ignored for case in every} == {0.0, 0.5, 0.8}
     assert {case.path for case in every} == {"linear", "logits"}
@@ -92,7 +94,7 @@ def test_inputs_are_as_a_trained_head_sees_them():
     batch = inputs.make_batch(case, "cpu")
     logits = (batch.x.detach() @ batch.w.detach().T).flatten(0, 1)
     assert 3.5 < logits.std().item() < 4.5
-    logps = peers.log_probs(replace(batch, y=batch.labels)).detach()
+    logps = contest.log_probs(replace(batch, y=batch.labels)).detach()
     assert 0.2 < (logps.exp() > 0.9).double().mean() < 0.8  # some tokens are confident
     assert 0.1 < (logps - batch.ref).std() < 0.6
     assert (batch.y == -100).double().mean() == 0.25
@@ -181,7 +183,52 @@ def test_torch_s_chunks_agree_and_take_the_budget():
     assert found["torch chunked 1 MiB"]["error"]["dw"] < 1e-5
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize(
+    ("loss", "trained", "products"),
+    [
+        ("grpo", "head", 3),
+        ("grpo", "hidden", 2),
+        ("kto", "head", 3),
+        ("distillation", "head", 4),
+        ("distillation", "hidden", 3),
+        ("sparse teacher", "head", 3),
+        ("brier", "head", 3),
+        ("brier", "nothing", 1),
+    ],
+)
+def test_ours_costs_the_products_that_cannot_be_avoided(loss, trained, products):
+    case = replace(TINY, loss=loss, trained=trained, ignored=0.5, beside=("mle",))
+    found = lines(measured(case, only=("eager",)))
+    ours, bare = found["fused-losses 1 MiB"], found["floor"]
+    assert ours["flops"] == bare["flops"] == 2 * products * 16 * 16 * 97
+    assert bare["what"] == f"bare GEMMs, {2 * products} NDV"
+    assert ours["peak_bytes"] > ours["gradient_bytes"] - 1
+    for line in (ours, found["eager"]):  # against float64
+        assert all(error < 1e-5 for error in line["error"].values())
+
+
+def test_the_plain_losses_are_the_library_s_in_float64():
+    for loss in (*OF_RESPONSES, *OF_ROWS):
+        case = replace(TINY, loss=loss, ignored=0.25, dtype="float64")
+        batch = inputs.make_batch(case, "cpu")
+        if loss == "grpo":  # some are clipped, on either side
+            batch = replace(batch, ref=batch.ref + torch.linspace(-1, 1, 32).view_as(batch.ref))
+        found, gradients = instruments.truth(case, batch)
+        expected = peers.ours(case, batch, None)()
+        torch.testing.assert_close(found, expected.detach())
+        for plain, ours in zip(gradients, torch.autograd.grad(expected, batch.leaves), strict=True):
+            torch.testing.assert_close(plain, ours)
+
+
+def test_trl_s_distillation_computes_the_same_loss():
+    pytest.importorskip("trl", reason="a peer of the benchmarks")
+    case = replace(TINY, loss="distillation", ignored=0.5)
+    found = lines(measured(case, only=("TRL distillation",)))
+    assert found["TRL distillation"]["flops"] > found["fused-losses 1 MiB"]["flops"]
+    assert max(found["TRL distillation"]["error"].values()) < 1e-4
+
+
+@pytest.mark.parametrize("loss", [*LOSSES, *OF_RESPONSES])
 def test_trl_s_fused_head_computes_the_same_loss_for_eight(loss):
     pytest.importorskip("trl", reason="a peer of the benchmarks")
     found = lines(measured(replace(TINY, loss=loss), only=("TRL",)))

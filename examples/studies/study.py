@@ -86,6 +86,7 @@ class Study:
                 found["machine"], self._machine
             ):
                 self._parts = found["parts"]
+                self._machine = found["machine"]  # with the commit that the parts were begun at
 
     def part(self, key: str, compute: Callable[[], Any], setting: Any = None) -> Any:
         """The result of a part, of JSON types; computed unless it is there, of the same setting."""

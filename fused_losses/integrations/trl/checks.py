@@ -279,3 +279,17 @@ KTO_LOSSES = ("kto", "apo_zero_unpaired")
 def kto_options(beta: float, desirable: float, undesirable: float) -> dict[str, Any]:
     """Return TRL's options in this library's words."""
     return {"beta": beta, "desirable_weight": desirable, "undesirable_weight": undesirable}
+
+
+def check_gkd(given: dict[str, Any]) -> None:
+    """Raise where arguments of ``GKDTrainer`` ask for logits.
+
+    Raises:
+        ValueError: As above.
+    """
+    for name in ("compute_metrics", "preprocess_logits_for_metrics"):
+        if given.get(name) is not None:
+            raise ValueError(
+                f"{name} needs logits, which this trainer never makes: leave it out, or use "
+                "trl.experimental.gkd.GKDTrainer"
+            )

@@ -5,11 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import pytest
-import torch
-
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-TRAINING = "## In a model of transformers"
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def _blocks(text: str) -> list[str]:
@@ -17,44 +14,13 @@ def _blocks(text: str) -> list[str]:
 
 
 def test_the_python_of_readme_runs_as_printed(capsys):
-    blocks = _blocks(README.partition(TRAINING)[0])
-    assert len(blocks) >= 3
+    blocks = _blocks(README)
+    assert blocks
     exec("\n".join(blocks), {})  # one session, in the order of reading
     loss, pairs, plan = capsys.readouterr().out.split(maxsplit=2)
     assert float(loss) == 0.0  # policy = reference: phi(0) = 0
     assert abs(float(pairs) - 0.6931) < 1e-3  # log 2
     assert plan.startswith("token route on torch: 512 tokens x 1000")
-
-
-def test_the_training_of_readme_runs_as_printed(monkeypatch, tmp_path):
-    trl = pytest.importorskip("trl", reason="README shows a trainer of TRL")
-    from datasets import Dataset
-    from tiny_training import llama, pair_rows, sft_rows, tokenizer
-
-    import fused_losses
-
-    monkeypatch.chdir(tmp_path)
-    model = llama()
-    model.save_pretrained("model")
-    tokenizer().save_pretrained("model")
-    ids = torch.randint(0, 40, (2, 6))
-    names = {
-        "fused_losses": fused_losses,
-        "model": model,
-        "inputs": {"input_ids": ids},
-        "labels": ids,
-        "tokenizer": tokenizer(),
-        "demonstrations": sft_rows(32),
-        "pairs": pair_rows(32),
-        "args": trl.SFTConfig("trl", max_steps=2, use_cpu=True, bf16=False, report_to="none"),
-        "data": Dataset.from_dict({"input_ids": [[1, 2, 3, 4], [5, 6, 7, 8]]}),
-    }
-    blocks = _blocks(README.partition(TRAINING)[2])
-    assert len(blocks) == 3
-    exec("\n".join(blocks), names)
-    assert names["loss"].grad_fn is not None
-    assert any("rewards/implicit" in entry for entry in names["sft"].state.log_history)
-    assert any("rewards/accuracies" in entry for entry in names["dpo"].state.log_history)
 
 
 def test_the_first_example_is_ten_lines():
@@ -66,3 +32,14 @@ def test_the_first_example_is_ten_lines():
 
 def test_readme_begins_with_the_two_commands():
     assert re.search(r"make demo.*\nmake test", README[:900])
+
+
+def test_readme_makes_the_case_in_one_screen_and_links_to_what_is_there():
+    assert len(README.splitlines()) <= 120
+    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", README) if "://" not in link]
+    assert len(links) > 15
+    for link in links:
+        assert (ROOT / link.partition("#")[0]).exists(), link
+    named = re.findall(r"`((?:docs|examples|tests|benchmarks|fused_losses)/[\w./-]*)`", README)
+    for path in named:
+        assert (ROOT / path).exists(), path

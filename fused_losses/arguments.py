@@ -163,12 +163,24 @@ def refuse_unserved(name: str, t: Any, *, batched: bool = False) -> None:
             f"{name} is batched by torch.func.vmap, under which it would get no gradient; give the "
             "batch as leading dimensions, or use fused_losses.reference"
         )
-    if hasattr(t, "device_mesh"):
+    if is_dtensor(t):
+        placements: Any = getattr(t, "placements", "")
+        if placements and all(p.is_replicate() for p in placements):
+            raise ValueError(
+                f"{name} is a DTensor that every rank holds whole; pass {name}.to_local()"
+            )
         raise ValueError(
-            f"{name} is a DTensor, of which this process holds a shard; call the loss inside the "
-            "forward of the module that FSDP has wrapped, where the weight is whole "
-            "(full_tensor() outside it gives the right loss and wrong gradients)"
+            f"{name} is a DTensor {placements}, of which this process holds a part. If it is "
+            "FSDP's, call the loss inside the forward of the module that FSDP has wrapped, where "
+            "the weight is whole (full_tensor() outside it gives the right loss and wrong "
+            "gradients). Tensor parallel, a head may be Shard(0), and logits Shard(-1), on a 1-D "
+            f"mesh; all else must be whole: {name}.redistribute(placements=[Replicate()])"
         )
+
+
+def is_dtensor(t: Any) -> bool:
+    """Whether it is a DTensor, told without an import of what makes them."""
+    return isinstance(t, Tensor) and hasattr(t, "device_mesh")
 
 
 def check_num_items(name: str, num_items: Any, reduction: str) -> None:

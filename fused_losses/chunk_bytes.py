@@ -127,7 +127,8 @@ def _element_bytes(route: Route, shape: LinearShape) -> tuple[int, int]:
     if shape.backend != "torch":
         return tile, 0
     # A pass that must leave the logits as they are, or whose maths are wider, works on a copy.
-    keeps_logits = route == "unit" and not shape.exponentials
+    whole = route == "unit" or (route == "token" and shape.sharded)
+    keeps_logits = whole and not shape.exponentials
     narrow = shape.compute_dtype if route == "recompute" else shape.logits_dtype
     copies = int(keeps_logits or narrow.itemsize < 4)
     copies += (shape.softcap and route != "forward") + shape.entropy

@@ -89,6 +89,7 @@ class LinearShape:
     whole_logits: bool = False  # the loss is a function of whole rows of logits, not of log-probs
     teacher_hidden: int = 0  # hidden size of a teacher whose logits stand beside them; 0: none
     teacher_dtype: torch.dtype = torch.float32  # in which its head computes
+    sharded: bool = False  # other ranks hold the rest of the vocabulary
 
     @property
     def need_gradient(self) -> bool:
@@ -102,10 +103,12 @@ class LinearShape:
         They do up to a factor per row, which the products take: not for label smoothing, entropies
         and functions of all logits, whose gradients are no multiples. 16-bit operands would be
         rounded once more by that factor: measured in bf16, gradient errors of 2.8e-3 instead of
-        2.1e-3 where a bound of 2.5e-3 is promised.
+        2.1e-3 where a bound of 2.5e-3 is promised. And not for a shard of the vocabulary, whose
+        exponentials are not relative to what the ranks agree on.
         """
         wide = self.compute_dtype.itemsize >= 4
-        return wide and not (self.smoothing or self.entropy_gradient or self.whole_logits)
+        more = self.smoothing or self.entropy_gradient or self.whole_logits or self.sharded
+        return wide and not more
 
     @property
     def head_is_frozen(self) -> bool:
@@ -183,7 +186,7 @@ def steps_of(route: Route, shape: LinearShape) -> tuple[Step, ...]:
         gradient = [Step.LOGITS, Step.ROW_GRADIENT]
     elif shape.exponentials:
         passes, gradient = [Step.ROW_PASS_WITH_EXPONENTIALS], []
-    elif route == "token" and shape.backend == "torch":
+    elif route == "token" and shape.backend == "torch" and not shape.sharded:
         passes, gradient = [Step.ROW_PASS_WITH_GRADIENT], []
     between = [Step.LOSS_FUNCTION] * (route == "unit")
     if shape.teacher_hidden:

@@ -218,7 +218,7 @@ def test_a_sharded_tensor_is_refused_with_advice(name: str, batch: HeadBatch) ->
             _call(name, _with(batch, **{part: sharded}), torch.zeros(B, T))
 
 
-def test_a_real_dtensor_is_refused(batch: HeadBatch, tmp_path: Path) -> None:
+def test_a_dtensor_sharded_otherwise_is_refused(batch: HeadBatch, tmp_path: Path) -> None:
     dist = torch.distributed
     if not dist.is_available() or dist.is_initialized():
         pytest.skip("needs a process group of its own")
@@ -227,7 +227,7 @@ def test_a_real_dtensor_is_refused(batch: HeadBatch, tmp_path: Path) -> None:
     dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "s"), 1), rank=0,
                             world_size=1)  # fmt: skip
     try:
-        weight = distribute_tensor(batch.w, init_device_mesh("cpu", (1,)), [Shard(0)])
+        weight = distribute_tensor(batch.w, init_device_mesh("cpu", (1,)), [Shard(1)])
         with pytest.raises(ValueError, match="linear_weight is a DTensor"):
             fused_losses.linear_mle_loss(batch.x, weight, batch.y)
     finally:

@@ -21,10 +21,9 @@ from fused_losses.backends.torch_statistics import (
     Targets,
     exp_,
     exponentiate,
-    finish,
     take_in,
-    token_loss,
 )
+from fused_losses.backends.torch_statistics import conclude as conclude_rows
 from fused_losses_kernels import lines
 
 __all__ = ["name", "row_divergence", "row_gradient", "row_pass", "segment_sum"]
@@ -68,18 +67,14 @@ def row_pass(
         out, t = rows[:, at], targets[at]
         take_in(out, seen[at], t, first_column=first_column)
         if t.last:
-            total = out[lines.SO_FAR_TOTAL].clone() if smoothed else None
-            finish(out, entropy=entropy)
-            if objective is None:
-                out[[lines.LOSS, lines.DLOGP, lines.DLSE]] = 0.0
-            else:
-                token_loss(
-                    out,
-                    objective,
-                    ref=None if ref is None else ref[at],
-                    value=None if value is None else value[at],
-                    mean=None if total is None else total / V,
-                )
+            conclude_rows(
+                out,
+                objective,
+                ref=None if ref is None else ref[at],
+                value=None if value is None else value[at],
+                entropy=entropy,
+                V=V,
+            )
         if ignored is not None:
             # Not a product with a mask: NaN in an ignored row must not get out.
             out.masked_fill_(ignored[at], 0.0)

@@ -247,3 +247,22 @@ def token_loss(
         loss = loss + o.z_loss * lse * lse
         dlse += 2.0 * o.z_loss * lse
     out[lines.LOSS], out[lines.DLOGP], out[lines.DLSE] = loss, dlogp, dlse
+
+
+def conclude(
+    out: Tensor,
+    objective: Objective | None,
+    *,
+    ref: Tensor | None,
+    value: Tensor | None,
+    entropy: bool,
+    V: int,
+) -> None:
+    """Turn what is known of whole rows, (LINES, R), into their results."""
+    smoothed = objective is not None and objective.label_smoothing != 0.0
+    mean = out[lines.SO_FAR_TOTAL] / V if smoothed else None
+    finish(out, entropy=entropy)
+    if objective is None:
+        out[[lines.LOSS, lines.DLOGP, lines.DLSE]] = 0.0
+    else:
+        token_loss(out, objective, ref=ref, value=value, mean=mean)

@@ -8,7 +8,7 @@ with such numbers in it would be compiled anew for each value.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import NamedTuple
 from weakref import WeakValueDictionary
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fused_losses.backends import Objective, RowMaths
 from fused_losses.engine.captured import refuse_captured_elementwise
+from fused_losses.engine.sharded_rows import VocabularyShard
 from fused_losses.plan import LinearShape
 from fused_losses.token_losses import TOKEN_LOSSES, TokenLoss
 
@@ -67,6 +68,7 @@ class Call:
         backend: Name of the backend.
         inplace: Whether backward may overwrite logits that were given.
         head: None for logits that exist.
+        shard: Which columns of the vocabulary these are, if other ranks hold the rest.
     """
 
     maths: RowMaths
@@ -76,6 +78,7 @@ class Call:
     backend: str
     inplace: bool = False
     head: HeadOptions | None = None
+    shard: VocabularyShard | None = None
 
     @property
     def linear(self) -> HeadOptions:
@@ -90,7 +93,8 @@ class Call:
         need_dx, need_dw, need_db = head.needs if needs is None else needs
         return LinearShape(
             hidden=weight.shape[1],
-            vocabulary=weight.shape[0],
+            # The largest shard's, so that all ranks cut alike.
+            vocabulary=weight.shape[0] if self.shard is None else self.shard.largest,
             compute_dtype=head.compute_dtype,
             logits_dtype=head.logits_dtype,
             backend=self.backend,
@@ -104,7 +108,14 @@ class Call:
             input_dtype=input.dtype,
             weight_dtype=weight.dtype,
             accum_dtype=head.accum_dtype,
+            sharded=self.shard is not None,
         )
+
+    def held(self, coefficients: Tensor, y: Tensor) -> Tensor:
+        """Return coefficients of targets (N,), 0 where another rank holds the target."""
+        if self.shard is None:
+            return coefficients
+        return torch.where(y == self.shard.absent, 0.0, coefficients)
 
     def encode(self) -> tuple[str, Tensor | None]:
         """Return what operators take; see :func:`decode`.
@@ -132,7 +143,8 @@ class Call:
             needs = [int(need) for need in head.needs]
             fields += [*dtypes, head.budget, *needs, int(head.entropy_gradient)]
         parts = [" ".join([str(v) for v in part]) for part in (fields, numbers)]
-        return "\n".join([*parts, "" if o is None else _key_of(o.loss)]), changing
+        shard = "" if self.shard is None else " ".join(map(str, astuple(self.shard)))
+        return "\n".join([*parts, "" if o is None else _key_of(o.loss), shard]), changing
 
 
 _users: WeakValueDictionary[str, TokenLoss] = WeakValueDictionary()
@@ -171,7 +183,7 @@ def _known(encoded: str) -> Call:
 
 
 def _parse(encoded: str, changing: list[float] | None) -> Call:
-    fields, numbers, key = encoded.split("\n")
+    fields, numbers, key, shard = encoded.split("\n")
     scale, softcap, temperature, *own = changing or [float(number) for number in numbers.split()]
     ignore_index, entropy, backend, inplace, *rest = fields.split()
     head = None
@@ -191,4 +203,12 @@ def _parse(encoded: str, changing: list[float] | None) -> Call:
         backend,
         bool(int(inplace)),
         head,
+        _shard_of(shard),
     )
+
+
+def _shard_of(text: str) -> VocabularyShard | None:
+    if not text:
+        return None
+    group, *numbers = text.rsplit(" ", 3)
+    return VocabularyShard(group, *map(int, numbers))

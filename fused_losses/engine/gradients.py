@@ -52,8 +52,10 @@ class GradientSums:
         self.head = planned.head
         compute = options.compute_dtype
         self._half = compute == torch.float16
+        self._shard = planned.call.shard
+        self._owner = planned.x.dtype
         # Sums over ranges of the vocabulary are as wide as those over tokens.
-        ranges = len(planned.plan.columns) > 1
+        ranges = len(planned.plan.columns) > 1 or self._shard is not None
         self._dx_dtype = torch.promote_types(compute, torch.float32) if ranges else compute
         if self._half:
             self._dx_dtype = torch.float32
@@ -61,9 +63,10 @@ class GradientSums:
         if need_dx:
             # Ignored tokens' gradients are exactly zero.
             make = torch.empty_like if planned.positions is None else torch.zeros_like
+            wide = self._dx_dtype if self._shard is not None else planned.x.dtype
             self.dx = make(
                 planned.x,
-                dtype=torch.float32 if self._half else planned.x.dtype,
+                dtype=torch.float32 if self._half else wide,
                 memory_format=torch.contiguous_format,
             )
         chunks = len(planned.plan.chunks)
@@ -81,6 +84,12 @@ class GradientSums:
         """Put what ``dx_of`` gave, now filled, where it belongs."""
         if self.dx is not None and not self._in_place(at, self.dx):
             self.dx[at] = dx.to(self.dx.dtype)
+
+    def complete(self) -> None:
+        """Sum the hidden states' gradient over the ranks that share the head, before rounding."""
+        if self.dx is not None and self._shard is not None:
+            dx = self._shard.sum(self.dx)
+            self.dx = dx if self._half else dx.to(self._owner)
 
     def _in_place(self, at: Place, dx: Tensor) -> bool:
         return isinstance(at, slice) and dx.dtype == self._dx_dtype

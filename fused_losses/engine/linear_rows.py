@@ -97,15 +97,17 @@ def _scaled(
 ) -> Tensor:
     """Return dx from what forward kept, as many rows at a time as fit the budget."""
     counted = c.map(lambda t: torch.where(y == call.ignore_index, 0.0, t))
-    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+    # Of a shared head it is a part of the sum, which is rounded once.
+    dtype = x.dtype if call.shard is None else kept_dx.dtype
+    dx = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
     # A copy, since a kept graph may ask again; the targets' rows of the head, maybe upcast.
     per_row = 3 * kept_dx.itemsize * x.shape[1]
     size = max(1, call.linear.budget // per_row)
     for start in range(0, len(y), size):
         at = slice(start, start + size)
         kept = kept_dx[at].clone()
-        dx[at] = hidden_gradient(kept, y[at], rows[:, at], counted.at(at), w, call.maths)
-    return dx
+        dx[at] = hidden_gradient(kept, y[at], rows[:, at], counted.at(at), w, call)
+    return dx if call.shard is None else call.shard.sum(dx).to(x.dtype)
 
 
 def _recomputed(
@@ -120,10 +122,12 @@ def _recomputed(
     planned = PlannedCall.of(x, w, bias, y, call, ["recompute"])
     if not call.linear.deferred:
         sums = recompute(planned, rows, c)
+        sums.complete()
         return sums.dx, *sums.head_gradients(w, bias)
     # Upstream gradients hold 1 / count: bring them near 1 while dz is fp16.
     size = c.largest()
     sums = recompute(planned, rows, c.map(lambda t: t / size))
+    sums.complete()
     found = (sums.dx, *sums.head_gradients(w, bias))
     return tuple(
         t if t is None or own is None else (t * size).to(own.dtype)

@@ -48,6 +48,8 @@ def linear_loss_sum(
         in_row = _row_weight(token_weight, torch.ones_like(factor), y, rows.dtype)
     with torch.autocast(x.device.type, enabled=False):
         sums = _run(planned, in_row, ref=ref, value=value)
+        if sums is not None:
+            sums.complete()
     gradients = (None,) * 3 if sums is None else (sums.dx, *sums.head_gradients(w, bias))
     total = (weight * rows[lines.LOSS]).sum()
     dvalue = None
@@ -74,8 +76,8 @@ def _run(
         for seen in seen_chunks(planned, keep=True, ref=ref, value=value, top1=top1):
             if sums.dx is not None and seen.kept is not None:
                 c = objective.coefficients(weight[seen.at], seen.rows)
-                head, maths = planned.head.weight, planned.call.maths
-                dx = hidden_gradient(seen.kept, seen.y, seen.rows, c, head, maths)
+                head, call = planned.head.weight, planned.call
+                dx = hidden_gradient(seen.kept, seen.y, seen.rows, c, head, call)
                 sums.dx[seen.at] = dx.to(sums.dx.dtype)
         return sums
     for chunk in chunks_of(planned):

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_losses.backends import load_backend
 from fused_losses.engine.call import Call, decode
 from fused_losses.engine.once import once_differentiable, refuse_second_derivative
 from fused_losses.engine.rows import Coefficients, coefficients, lines, new_rows
+from fused_losses.engine.sharded_rows import passes_of
 
 
 @torch.library.custom_op("fused_losses::logits_rows", mutates_args=())
@@ -34,7 +34,7 @@ def logits_rows(
     """
     call = decode(encoded, changing)
     rows = new_rows(y, z.dtype)
-    load_backend(call.backend).row_pass(
+    passes_of(call.backend, call.shard).row_pass(
         z,
         y,
         rows,
@@ -81,7 +81,7 @@ def _(z, y, rows, dloss, drows, changing, encoded, need_dz):
 
 
 def _write(z: Tensor, y: Tensor, rows: Tensor, c: Coefficients, call: Call, dz: Tensor) -> None:
-    load_backend(call.backend).row_gradient(
+    passes_of(call.backend, call.shard).row_gradient(
         z, y, rows, c, maths=call.maths, ignore_index=call.ignore_index, dz=dz
     )
 

@@ -9,10 +9,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fused_losses.backends import load_backend
 from fused_losses.engine.call import Call, Needs
 from fused_losses.engine.head import Head
 from fused_losses.engine.rows import new_rows
+from fused_losses.engine.sharded_rows import passes_of
 from fused_losses.engine.workspace import Tile, workspace
 from fused_losses.plan import Plan, Route, plan_linear
 
@@ -65,7 +65,7 @@ class PlannedCall:
         self.x, self.y, self.positions = x, y, positions
         self.call, self.plan = call, plan
         self.head = Head(weight, bias, call.linear.compute_dtype, call.linear.logits_dtype)
-        self.backend = load_backend(call.backend)
+        self.backend = passes_of(call.backend, call.shard)
         self._masked = positions is None and _capturing(y)
         self.rows = new_rows(y, call.linear.logits_dtype, zero=positions is not None)
 
@@ -95,10 +95,11 @@ class PlannedCall:
             start += size
 
     def columns(self) -> Iterator[slice]:
-        """The ranges of the vocabulary, in order."""
-        start = 0
+        """The ranges of the vocabulary, in order; of a shard smaller than the largest, its own."""
+        start, V = 0, self.head.vocabulary
         for size in self.plan.columns:
-            yield slice(start, start + size)
+            if start < V:
+                yield slice(start, min(start + size, V))
             start += size
 
     def labels_and_hidden(self, at: Place) -> tuple[Tensor, Tensor]:

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from fused_losses.backends import RowMaths, lines
+from fused_losses.engine.call import Call
 from fused_losses.engine.gradients import GradientSums
 from fused_losses.engine.planned import Place, PlannedCall
 from fused_losses.engine.rows import Coefficients, new_rows
+from fused_losses.engine.sharded_rows import ShardedRows
 from fused_losses.engine.workspace import Tile
 
 
@@ -80,6 +82,19 @@ def seen_chunks(
                         _follow(kept, before, rows[lines.SHIFT])
                     head.dx(e, kept, columns, accumulate=columns.start > 0)
             if kept is not None:
+                if isinstance(planned.backend, ShardedRows):
+                    before = rows[lines.SHIFT].clone()
+                    planned.backend.merge(
+                        y,
+                        rows,
+                        ignore_index=call.ignore_index,
+                        objective=call.objective,
+                        ref=None if ref is None else ref[at],
+                        value=None if value is None else value[at],
+                        entropy=call.entropy,
+                        top1=top1,
+                    )
+                    _follow(kept, before, rows[lines.SHIFT])
                 _finish(kept, planned, y, rows)
             planned.rows[:, at] = rows
             yield SeenChunk(at, y, rows, kept)
@@ -98,10 +113,11 @@ def _finish(kept: Tensor, planned: PlannedCall, y: Tensor, rows: Tensor) -> None
     """Turn sums of exponentials times the head's rows into -d logp / d x."""
     call = planned.call
     slope = target_slope(rows, call.maths)
-    if len(planned.plan.columns) > 1:
+    if len(planned.plan.columns) > 1 or call.shard is not None:
         # Ranges leave the target out; subtracted from 1 - p_y, not from 1, nothing cancels.
         factor = call.maths.factor
         at_y = rows[lines.REST] * rows[lines.SUM] * slope / factor
+        at_y = call.held(at_y, y)
         kept.addcmul_(target_rows(planned.head.weight, y), at_y[:, None], value=-1.0)
     scale = call.maths.factor / rows[lines.SUM]
     kept.mul_(scale.masked_fill(y == call.ignore_index, 0.0)[:, None])
@@ -123,22 +139,23 @@ def target_rows(weight: Tensor, y: Tensor) -> Tensor:
 
 
 def hidden_gradient(
-    kept: Tensor, y: Tensor, rows: Tensor, c: Coefficients, head: Tensor, maths: RowMaths
+    kept: Tensor, y: Tensor, rows: Tensor, c: Coefficients, head: Tensor, call: Call
 ) -> Tensor:
     """Turn -d logp / d x (N, D) into the gradient of a loss, in place, by its rows' coefficients.
 
     logp = z_y - lse, so d lse / d x is the target's row of the head, transformed, minus d logp / d
-    x; the mean logit's is the mean row.
+    x; the mean logit's is the mean row. Of a head that ranks share it is this rank's part.
     """
     scale = -c.dlogp if c.dlse is None else c.dlse - c.dlogp
     dx = kept.mul_(scale[:, None])
     if c.dlse is not None:
-        at_y = c.dlse * target_slope(rows, maths)
+        at_y = c.dlse * target_slope(rows, call.maths)
         # Rows without a target have no slope either, and 0 * NaN is not 0.
-        at_y = torch.where(c.dlse == 0.0, 0.0, at_y)
+        at_y = call.held(torch.where(c.dlse == 0.0, 0.0, at_y), y)
         dx.addcmul_(target_rows(head, y), at_y[:, None])
     if c.dmean is not None:
-        mean = head.sum(0, dtype=dx.dtype) * (maths.pre / head.shape[0])
+        V = head.shape[0] if call.shard is None else call.shard.vocabulary
+        mean = head.sum(0, dtype=dx.dtype) * (call.maths.pre / V)
         dx.addcmul_(c.dmean[:, None], mean)
     return dx
 

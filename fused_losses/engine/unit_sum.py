@@ -183,6 +183,7 @@ class _UnitSum(torch.autograd.Function):
         planned = PlannedCall(x, w, bias, y, layout.positions, call, plan)
         sums = GradientSums(planned)
         total = run_steps(planned, layout, step, sums, ref, value)
+        sums.complete()
         ctx.save_for_backward(x, w, bias, sums.dx, *sums.head_gradients(w, bias))
         ctx.mark_non_differentiable(planned.rows)
         ctx.set_materialize_grads(False)

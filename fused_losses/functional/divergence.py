@@ -23,6 +23,7 @@ from fused_losses.functional.options import (
     parse_options,
 )
 from fused_losses.functional.row_losses import reduced, token_losses_of_rows
+from fused_losses.functional.sharded import refuse_shared
 from fused_losses.functional.sources import eager_only, lays_out_units, wants_gradient
 from fused_losses.functional.teacher import TEACHER_CURE, open_teacher
 from fused_losses.functional.tokens import check_device, check_float
@@ -94,6 +95,7 @@ def divergence_loss(
     """
     options = parse_options(divergence_loss, common)
     source = LogitsSource.of(logits, options, inplace)
+    refuse_shared(source.shard, "a divergence")
     call = _call(
         options, source.backend, divergence, mixture, mle_weight, teacher_softcap,
         teacher_logit_scale,
@@ -177,6 +179,7 @@ def linear_divergence_loss(
     source, options = open_source(
         linear_divergence_loss, input, linear_weight, common, precise=True
     )
+    refuse_shared(source.shard, "a divergence")
     asked = _call(
         options, source.backend, divergence, mixture, mle_weight, teacher_softcap,
         teacher_logit_scale,

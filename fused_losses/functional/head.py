@@ -31,8 +31,17 @@ def _servable(dtype: torch.dtype, device: str) -> torch.dtype:
 _HEAD = ("input", "linear_weight", "linear_bias")
 
 
-def check_head(input: Any, weight: Any, bias: Any, names: tuple[str, str, str] = _HEAD) -> None:
+def check_head(
+    input: Any,
+    weight: Any,
+    bias: Any,
+    names: tuple[str, str, str] = _HEAD,
+    *,
+    shared: bool = False,
+) -> None:
     """Raise, by the names of the three, unless they are hidden states and a head that fit.
+
+    ``shared``: how many rows this rank holds is compared with the others, which all raise then.
 
     Raises:
         TypeError: Dtypes that nothing computes with.
@@ -47,12 +56,12 @@ def check_head(input: Any, weight: Any, bias: Any, names: tuple[str, str, str] =
     if weight.dim() != 2:
         raise ValueError(f"{w} must be (V, D), got {tuple(weight.shape)}")
     V, D = weight.shape
-    if V == 0:
+    if V == 0 and not shared:
         raise ValueError(f"{w} has 0 rows; gather it first (a sharded head?)")
     if input.dim() < 1 or input.shape[-1] != D:
         raise ValueError(
             f"{x} must be (..., D) with {w}'s hidden size D = {D} ({w} is "
             f"(V, D) = {(V, D)}), got {x} of shape {tuple(input.shape)}"
         )
-    if bias is not None and bias.shape != (V,):
+    if bias is not None and bias.shape != (V,) and not shared:
         raise ValueError(f"{b} must be (V,) = ({V},), got {tuple(bias.shape)}")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import fused_losses.engine.flop_formulas  # noqa: F401  (registers them)
+from fused_losses.arguments import is_dtensor
 from fused_losses.backends import Objective, resolve_backend
 from fused_losses.chunk_bytes import tile_bytes, workspace_budget
 from fused_losses.engine.call import Call, HeadOptions, Needs
@@ -18,6 +19,7 @@ from fused_losses.engine.linear_sum import linear_loss_sum
 from fused_losses.engine.logits_step import LogitsLoss, step_of_logits
 from fused_losses.engine.main_grad import through_main_grad
 from fused_losses.engine.rows import stats_of
+from fused_losses.engine.sharded_rows import IGNORED, VocabularyShard
 from fused_losses.engine.unit_sum import (
     UnitLayout,
     UnitLoss,
@@ -28,6 +30,13 @@ from fused_losses.engine.unit_sum import (
 from fused_losses.functional.head import check_head, compute_dtype
 from fused_losses.functional.observe import report_plan
 from fused_losses.functional.options import Options, parse_options, split_linear
+from fused_losses.functional.sharded import (
+    open_head,
+    refuse_shared,
+    shared_plan,
+    shared_tokens,
+    unwrap,
+)
 from fused_losses.functional.sources import lays_out_units, wants_gradient
 from fused_losses.functional.tokens import Tokens
 from fused_losses.plan import (
@@ -50,6 +59,7 @@ class LinearSource:
     options: Options
     backend: str
     head: HeadOptions
+    shard: VocabularyShard | None = None
 
     @staticmethod
     def of(
@@ -66,10 +76,14 @@ class LinearSource:
             TypeError: Dtypes that nothing computes with.
             ValueError: Shapes or devices that do not fit, an empty head, a sharded weight.
         """
-        bias = linear.get("linear_bias")
-        check_head(input, linear_weight, bias)
+        if is_dtensor(linear_weight):  # whose part would have lost it
+            linear_weight = through_main_grad(linear_weight)
+        opened = open_head(input, linear_weight, linear.get("linear_bias"))
+        input, weight, bias, shard = opened
+        check_head(input, weight, bias, shared=shard is not None)
+        weight = through_main_grad(weight)
         device = input.device
-        compute = compute_dtype(input, linear_weight)
+        compute = compute_dtype(input, weight)
         logits_dtype = linear.get("logits_dtype")
         if logits_dtype is None:
             logits_dtype = torch.promote_types(compute, torch.float32) if precise else compute
@@ -84,7 +98,6 @@ class LinearSource:
                 f"accum_dtype must be torch.float32, torch.float64 or the compute dtype {compute}, "
                 f"got {accum_dtype}"
             )
-        weight = through_main_grad(linear_weight)
         bias = None if bias is None else bias.contiguous()
         head = HeadOptions(
             compute,
@@ -94,11 +107,16 @@ class LinearSource:
             Needs(wants_gradient(input), wants_gradient(weight), wants_gradient(bias)),
         )
         backend = resolve_backend(options.backend, device)
-        return LinearSource(input, weight, bias, options, backend, head)
+        return LinearSource(input, weight, bias, options, backend, head, shard)
 
     def tokens(self, target: Any) -> Tokens:
         """See :class:`Source`."""
-        return Tokens.of(target, self.input, self.weight.shape[0], "input", self.options)
+        target, V, options = unwrap(target), self.weight.shape[0], self.options
+        if self.shard is None:
+            return Tokens.of(target, self.input, V, "input", options)
+        bias = None if self.bias is None else (self.bias.dtype, len(self.bias) == V)
+        given = (V, self.head, self.backend, self.input.dtype, self.weight.dtype, bias)
+        return shared_tokens(self.shard, target, self.input, "input", options, *given)
 
     @property
     def x(self) -> Tensor:
@@ -169,7 +187,7 @@ class LinearSource:
         trained = shape.need_gradient and not shape.head_is_frozen
         plan = plan_units(layout.sizes, shape, self.head.budget) if trained else None
         if plan is not None:
-            report_plan(lambda: plan)
+            report_plan(lambda: self._with_exchange(plan, call, top1=True))
             operands = (self.x, self.weight, self.bias, tokens.y)
             step = step_of_log_probs(loss_fn, call, self.input.device.type)
             return unit_sum(*operands, layout, call, plan, step)
@@ -206,6 +224,7 @@ class LinearSource:
         Raises:
             ValueError: A unit, or even a row, does not fit the budget.
         """
+        refuse_shared(self.shard, "linear_loss with logits=True")
         budget = self.head.budget
         check_budget(["unit"], shape, budget)
         plan = plan_units(layout.sizes, shape, budget)
@@ -230,10 +249,11 @@ class LinearSource:
         return Call(
             self.options.maths,
             o,
-            self.options.ignore_index,
+            self.options.ignore_index if self.shard is None else IGNORED,
             entropy,
             self.backend,
             head=replace(self.head, entropy_gradient=entropy_gradient),
+            shard=self.shard,
         )
 
     def _rows(
@@ -253,9 +273,13 @@ class LinearSource:
             count = tokens.count()
             shape = call.shape(self.input, self.weight)
             shape = replace(shape, all_rows=count == tokens.y.numel())
-            return plan_linear(routes_for(shape, known=known), count, shape, self.head.budget)
+            found = plan_linear(routes_for(shape, known=known), count, shape, self.head.budget)
+            return self._with_exchange(found, call, top1=call.entropy or call.objective is None)
 
         report_plan(plan)
+
+    def _with_exchange(self, plan: Plan, call: Call, *, top1: bool) -> Plan:
+        return shared_plan(plan, call, len(self.x), top1=top1, reduces=call.linear.needs.input)
 
 
 def open_source(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -12,12 +12,14 @@ from fused_losses.backends import Objective, resolve_backend
 from fused_losses.engine.call import Call
 from fused_losses.engine.logits_rows import logits_rows
 from fused_losses.engine.rows import stats_of
+from fused_losses.engine.sharded_rows import IGNORED, VocabularyShard
 from fused_losses.engine.unit_sum import UnitLoss
 from fused_losses.functional.observe import report_plan
 from fused_losses.functional.options import Options
+from fused_losses.functional.sharded import open_logits, shared_plan, shared_tokens, unwrap
 from fused_losses.functional.sources import wants_gradient
 from fused_losses.functional.tokens import Tokens, check_float
-from fused_losses.plan import plan_logits
+from fused_losses.plan import Plan, plan_logits
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class LogitsSource:
     options: Options
     inplace: bool
     backend: str
+    shard: VocabularyShard | None = None
 
     @staticmethod
     def of(logits: Any, options: Options, inplace: bool = False) -> LogitsSource:
@@ -37,6 +40,7 @@ class LogitsSource:
             TypeError: Not a floating-point tensor.
             ValueError: No vocabulary; ``inplace`` on logits whose elements share memory.
         """
+        logits, shard = open_logits(logits)
         check_float("logits", logits)
         refuse_unserved("logits", logits, batched=True)
         if logits.dim() < 1 or logits.shape[-1] == 0:
@@ -51,12 +55,16 @@ class LogitsSource:
                     "tensor; pass inplace=False"
                 )
         return LogitsSource(
-            logits, options, inplace, resolve_backend(options.backend, logits.device)
+            logits, options, inplace, resolve_backend(options.backend, logits.device), shard
         )
 
     def tokens(self, target: Any) -> Tokens:
         """See :class:`Source`."""
-        return Tokens.of(target, self.logits, self.logits.shape[-1], "logits", self.options)
+        target, V = unwrap(target), self.logits.shape[-1]
+        if self.shard is None:
+            return Tokens.of(target, self.logits, V, "logits", self.options)
+        given = (V, self.backend, self.inplace, self.logits.dtype, wants_gradient(self.logits))
+        return shared_tokens(self.shard, target, self.logits, "logits", self.options, *given)
 
     def losses(
         self,
@@ -112,16 +120,18 @@ class LogitsSource:
         value: Tensor | None,
         entropy: bool,
     ) -> tuple[Tensor, Tensor]:
-        report_plan(
-            lambda: plan_logits(
-                tokens.count(),
-                self.logits.shape[-1],
-                self.backend,
-                need_gradient=wants_gradient(self.logits) or wants_gradient(value),
-            )
-        )
-        options = self.options
-        call = Call(options.maths, o, options.ignore_index, entropy, self.backend, self.inplace)
+        options, V = self.options, self.logits.shape[-1]
+        ignore_index = options.ignore_index if self.shard is None else IGNORED
+        call = Call(options.maths, o, ignore_index, entropy, self.backend, self.inplace)
+        call = replace(call, shard=self.shard)
+        gradient = wants_gradient(self.logits) or wants_gradient(value)
+        top1 = entropy or o is None
+
+        def plan() -> Plan:
+            found = plan_logits(tokens.count(), V, self.backend, need_gradient=gradient)
+            return shared_plan(found, call, 0, top1=top1, reduces=False)
+
+        report_plan(plan)
         encoded, changing = call.encode()
         # (B, T, V): the kernels take any strides of three dimensions, so slices are not copied.
         z = self.logits

@@ -135,6 +135,12 @@ def statistics_wanted() -> bool:
     return observer is not None and not observer.explaining
 
 
+def explaining() -> bool:
+    """Whether the running call is only being explained, maybe on one rank alone."""
+    observer = _current()
+    return observer is not None and observer.explaining
+
+
 def report_stats(make_stats: Callable[[], Stats]) -> None:
     """Hand the statistics of the running call to whoever observes it."""
     observer = _current()

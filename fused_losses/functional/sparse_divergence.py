@@ -15,6 +15,7 @@ from fused_losses.functional.linear_source import LinearSource, open_source
 from fused_losses.functional.observe import statistics_wanted
 from fused_losses.functional.options import Options, SharedLinearOptions
 from fused_losses.functional.row_losses import token_losses_of_rows
+from fused_losses.functional.sharded import refuse_shared
 from fused_losses.functional.sources import eager_only, lays_out_units
 from fused_losses.functional.tokens import Tokens, check_device
 from fused_losses.sparse_teacher import (
@@ -80,6 +81,7 @@ def linear_sparse_divergence_loss(
     source, options = open_source(
         linear_sparse_divergence_loss, input, linear_weight, common, precise=True
     )
+    refuse_shared(source.shard, "a divergence")
     options.refuse("by divergences", label_smoothing=0.0)
     asked = SparseDivergence.of(divergence, mixture, rest)
     mle_weight = check_number("mle_weight", mle_weight, low=0.0, closed=True)

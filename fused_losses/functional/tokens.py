@@ -89,6 +89,7 @@ class Tokens:
             raise ValueError(
                 f"{name} must have target's shape {tuple(self.shape)}, got {tuple(t.shape)}"
             )
+        refuse_unserved(name, t)
         check_device(name, t, "target", self.y)
         if self.shift and self.shape[-1]:
             # The last row scores nothing; it takes what position 0 held, which nothing reads.
@@ -164,6 +165,7 @@ def check_reference(ref_logps: Any) -> None:
     if not isinstance(ref_logps, Tensor) or not ref_logps.is_floating_point():
         got = ref_logps.dtype if isinstance(ref_logps, Tensor) else type(ref_logps).__name__
         raise TypeError(f"ref_logps must be a float32 or float64 tensor, got {got}")
+    refuse_unserved("ref_logps", ref_logps)
     if ref_logps.dtype not in (torch.float32, torch.float64):
         raise ValueError(
             f"ref_logps must be float32 or float64, got {ref_logps.dtype}: its rounding would "

@@ -110,13 +110,15 @@ HEADS = [
     ("torch", UNEVEN, False, TIGHT),
     ("torch", EVEN, False, None),
 ]
-ON_TRITON = ("mle, every option", "hellinger of sequences", "statistics")
 CASES = [(name, *head) for name in LINEAR for head in HEADS]
-CASES += [
-    (name, "triton", UNEVEN, trained, TIGHT) for name in ON_TRITON for trained in (True, False)
-]
 CASES += [(f"logits, {name}", "torch", V, True, None) for name in LOGITS for V in (EVEN, UNEVEN)]
-CASES += [("logits, mle", "triton", UNEVEN, True, None)]
+# The interpreter is slow: between two ranks alone.
+ON_TRITON = [
+    ("mle, every option", "triton", UNEVEN, True, TIGHT),
+    ("hellinger of sequences", "triton", UNEVEN, False, TIGHT),
+    ("statistics", "triton", EVEN, True, None),
+    ("logits, mle", "triton", UNEVEN, True, None),
+]
 
 
 def run(case: tuple[Any, ...], mesh: DeviceMesh | None) -> dict[str, Tensor]:
@@ -302,7 +304,8 @@ def work(rank: int, ranks: int, folder: str) -> None:
         "gloo", f"file://{folder}/store", rank=rank, world_size=ranks, timeout=timedelta(seconds=60)
     )
     mesh = dist.device_mesh.init_device_mesh("cpu", (ranks,))
-    found: dict[str, Any] = {"cases": {case: run(case, mesh) for case in CASES}}
+    cases = CASES + ON_TRITON * (ranks == 2)
+    found: dict[str, Any] = {"cases": {case: run(case, mesh) for case in cases}}
     found["measured"] = {
         (name, workspace, trained): measure(name, workspace, trained, mesh)
         for name in MEASURED
@@ -330,15 +333,17 @@ def relative(got: Tensor, expected: Tensor) -> float:
     return float((got.double() - expected).norm() / expected.double().norm())
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", CASES + ON_TRITON, ids=str)
 def test_loss_and_gradients_are_those_of_one_process(ranks: list[Any], case: Any) -> None:
+    if case not in ranks[0]["cases"]:
+        pytest.skip("two ranks are enough under the interpreter")
     for name, expected in run(case, None).items():
         for found in ranks:
             assert relative(found["cases"][case][name], expected) < 1e-6, name
 
 
 def test_all_ranks_hold_the_same_bits(ranks: list[Any]) -> None:
-    for case in CASES:
+    for case in ranks[0]["cases"]:
         for name, value in ranks[0]["cases"][case].items():
             assert all(torch.equal(value, other["cases"][case][name]) for other in ranks), case
 
@@ -401,9 +406,5 @@ def test_a_process_group_of_one_shares_with_nobody(tmp_path: Path) -> None:
         case = ("mle, every option", "torch", UNEVEN, True, TIGHT)
         for name, expected in run(case, None).items():
             assert relative(run(case, mesh)[name], expected) < 1e-6
-        weight = distribute_tensor(Batch(UNEVEN).w, mesh, [Shard(0)])
-        compiled = torch.compile(fl.linear_mle_loss, backend="eager")
-        with pytest.raises(Exception, match="runs eagerly only"):
-            compiled(Batch(UNEVEN).x, weight, Batch(UNEVEN).y)
     finally:
         dist.destroy_process_group()

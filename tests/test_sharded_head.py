@@ -240,6 +240,9 @@ def refusals(mesh: DeviceMesh, rank: int, ranks: int) -> dict[str, Callable[[], 
         ),
         "logits=True": lambda: fl.linear_loss(b.x, w, b.y, lambda s, r, z: z.sum(), logits=True),
         "divergence": lambda: fl.linear_divergence_loss(b.x, w, b.x, b.w, b.y),
+        "anchor": lambda: fl.linear_mle_loss(
+            b.x, w, b.y, anchor_weight=0.1, anchor_input=b.x, anchor_weight_matrix=b.w
+        ),
         "divergence of logits": lambda: fl.divergence_loss(logits, F.linear(b.x, b.w), b.y),
         "sparse divergence": lambda: fl.linear_sparse_divergence_loss(
             b.x, w, words, torch.full((4, 6, 2), -2.0), b.y
@@ -276,6 +279,7 @@ EXPECTED = {
     "other needs": "different options.*requires_grad",
     "logits=True": "share the vocabulary.*redistribute",
     "divergence": "share the vocabulary.*redistribute",
+    "anchor": "anchor_input.*share the vocabulary.*redistribute",
     "divergence of logits": "share the vocabulary.*redistribute",
     "sparse divergence": "share the vocabulary.*redistribute",
     "sharded teacher": "teacher_weight is a DTensor.*redistribute",

@@ -1,6 +1,6 @@
 """The row passes that the engine calls, per backend; the choice of backend."""
 
-from fused_losses.backends.base import Backend, Coefficients, Objective, RowMaths, Sides
+from fused_losses.backends.base import Backend, Coefficients, Objective, RowMaths, RowPasses, Sides
 from fused_losses.backends.select import load_backend, resolve_backend
 from fused_losses_kernels import lines
 
@@ -9,6 +9,7 @@ __all__ = [
     "Coefficients",
     "Objective",
     "RowMaths",
+    "RowPasses",
     "Sides",
     "lines",
     "load_backend",

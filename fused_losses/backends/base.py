@@ -110,7 +110,7 @@ class Sides(NamedTuple):
     teacher_rows: Tensor
 
 
-class Backend(Protocol):
+class RowPasses(Protocol):
     """The row passes. ``rows`` is the (LINES, N) tensor of ``fused_losses_kernels.lines``.
 
     Rows whose label is ``ignore_index`` get 0 everywhere; rows with a label outside [0, V) get NaN.
@@ -167,6 +167,10 @@ class Backend(Protocol):
         vocabulary: int | None = None,
     ) -> None:
         """Fill ``dz`` (z's shape, contiguous rows, maybe z) from the coefficients of its rows."""
+
+
+class Backend(RowPasses, Protocol):
+    """The row passes, and what takes rows of two models, or none."""
 
     def row_divergence(
         self,

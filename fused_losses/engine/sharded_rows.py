@@ -24,10 +24,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fused_losses.backends import (
-    Backend,
     Coefficients,
     Objective,
     RowMaths,
+    RowPasses,
     lines,
     load_backend,
 )
@@ -101,7 +101,7 @@ class VocabularyShard:
         return own
 
 
-def passes_of(backend: str, shard: VocabularyShard | None) -> Backend:
+def passes_of(backend: str, shard: VocabularyShard | None) -> RowPasses:
     """Return the row passes of a backend, over a whole vocabulary or a shard of it."""
     passes = load_backend(backend)
     return passes if shard is None else ShardedRows(passes, shard)
@@ -115,7 +115,7 @@ class ShardedRows:
     relative to this rank's own SHIFT, so ``merge`` waits until they have been used.
     """
 
-    def __init__(self, passes: Backend, shard: VocabularyShard) -> None:
+    def __init__(self, passes: RowPasses, shard: VocabularyShard) -> None:
         self.name, self._passes, self._shard = passes.name, passes, shard
 
     def row_pass(
@@ -138,7 +138,7 @@ class ShardedRows:
         vocabulary: int | None = None,
         maths: RowMaths,
     ) -> None:
-        """See :class:`fused_losses.backends.Backend`."""
+        """See :class:`fused_losses.backends.RowPasses`."""
         self._passes.row_pass(
             z,
             y,
@@ -182,7 +182,7 @@ class ShardedRows:
         vocabulary: int | None = None,
         maths: RowMaths,
     ) -> None:
-        """See :class:`fused_losses.backends.Backend`; ``rows`` are results of whole rows."""
+        """See :class:`fused_losses.backends.RowPasses`; ``rows`` are results of whole rows."""
         if c.dmean is not None:
             # The backend divides by the vocabulary that it is told.
             c = replace(c, dmean=c.dmean * (self._never_last / self._shard.vocabulary))
@@ -197,10 +197,6 @@ class ShardedRows:
             first_column=first_column,
             vocabulary=self._never_last,
         )
-
-    def segment_sum(self, x: Tensor, offsets: Tensor) -> Tensor:
-        """See :class:`fused_losses.backends.Backend`."""
-        return self._passes.segment_sum(x, offsets)
 
     @property
     def _never_last(self) -> int:

@@ -179,7 +179,6 @@ def linear_divergence_loss(
     source, options = open_source(
         linear_divergence_loss, input, linear_weight, common, precise=True
     )
-    refuse_shared(source.shard, "a divergence")
     asked = _call(
         options, source.backend, divergence, mixture, mle_weight, teacher_softcap,
         teacher_logit_scale,

@@ -12,6 +12,7 @@ from fused_losses.engine.head import Head
 from fused_losses.engine.teacher import Teacher
 from fused_losses.functional.head import check_head, compute_dtype
 from fused_losses.functional.linear_source import LinearSource
+from fused_losses.functional.sharded import refuse_shared
 from fused_losses.functional.tokens import check_device
 
 TEACHER_CURE = (
@@ -28,7 +29,9 @@ def open_teacher(
         TypeError: Dtypes that nothing computes with.
         ValueError: Shapes or devices that do not fit, other positions or words than the student's,
             a tensor that requires a gradient.
+        NotImplementedError: Ranks share the student's vocabulary.
     """
+    refuse_shared(source.shard, f"a divergence ({names[0]})")
     check_head(input, weight, bias, names)
     check_device(names[0], input, "input", source.input)
     for name, t in zip(names, (input, weight, bias), strict=True):

@@ -154,7 +154,11 @@ def most_rows(tokens: int, columns: int, route: Route, shape: LinearShape, budge
 
 def most_columns(rows: int, route: Route, shape: LinearShape, budget: int) -> int:
     """Most columns of so many rows that fit the budget, up to all."""
-    sizes = range(1, shape.vocabulary + 1)
+    V = shape.vocabulary
+    # All at once may take less than all but one: ranges are summed in a wider dtype.
+    if tile_bytes(rows, V, route, shape) <= budget:
+        return V
+    sizes = range(1, V)
     return bisect_right(sizes, budget, key=lambda columns: tile_bytes(rows, columns, route, shape))
 
 

@@ -22,6 +22,7 @@ one needs none, and is taken, whatever the budget, where in all it holds no more
 from __future__ import annotations
 
 import functools
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -54,8 +55,7 @@ __all__ = [
 
 # Rows and columns of tiles: what matrix units and 16-byte accesses like.
 _MULTIPLE = 128
-# What one chunk may hold of what several hold in all.
-_NO_MORE = 1.05
+_NO_MORE = 1.05  # what one chunk may hold of what several hold in all
 
 
 @dataclass(frozen=True)
@@ -179,25 +179,25 @@ def check_budget(routes: Sequence[Route], shape: LinearShape, budget: int) -> No
         )
 
 
-def plan_units(sizes: Sequence[int], shape: LinearShape, budget: int) -> Plan | None:
-    """Fill chunks with whole units, in order.
+def plan_units(ends: Sequence[int], shape: LinearShape, budget: int) -> Plan | None:
+    """Fill chunks with whole units, in order, from the tokens up to the end of each.
 
     None if a unit does not fit the budget, or if recomputation, where it would do, is cheaper.
     """
-    V = shape.vocabulary
-    most = most_rows(max(sum(sizes), 1), V, "unit", shape, budget)
+    V, tokens = shape.vocabulary, ends[-1] if ends else 0
+    most = most_rows(max(tokens, 1), V, "unit", shape, budget)
     chunks: list[int] = []
-    for size in sizes:
-        if size > most:
+    start = 0
+    while start < tokens:
+        units = bisect_right(ends, start + most)
+        if not units or ends[units - 1] == start:
             return None
-        if chunks and chunks[-1] + size <= most:
-            chunks[-1] += size
-        else:
-            chunks.append(size)
-    plan = _plan("unit", sum(sizes), shape, budget, tuple(chunks), (V,))
+        chunks.append(ends[units - 1] - start)
+        start = ends[units - 1]
+    plan = _plan("unit", tokens, shape, budget, tuple(chunks), (V,))
     other = None
     if not shape.whole_logits and _forced.get() != "unit":
-        other = _cheapest("recompute", sum(sizes), shape, budget)
+        other = _cheapest("recompute", tokens, shape, budget)
     if other is not None and other.cost < plan.cost:
         return None
     return _in_one(plan, shape)

@@ -307,14 +307,16 @@ def _operator_arguments(batch: HeadBatch, *, frozen: bool) -> dict[str, tuple[An
     head = HeadOptions(torch.float32, torch.float32, torch.float32, 3 * V * 4, needs)
     hellinger = Objective(TOKEN_LOSSES["hellinger"], beta=0.5, z_loss=0.01)
     call, _ = Call(RowMaths(), hellinger, -100, False, "torch", head=head).encode()
-    rows = torch.ops.fused_losses.linear_rows(x, w, bias, y, ref, value, None, call)
+    rows = torch.ops.fused_losses.linear_rows(x, w, bias, y, ref, value, None, call, None, -1)
     _, kept_rows, kept_dx = (t.detach() for t in rows)
     upstream = torch.ones(y.shape)
     detached = [t.detach() for t in (x, w, bias)]
     return {
-        "linear_loss_sum": (x, w, bias, y, ref, value, None, factor, None, call),
-        "linear_rows": (x, w, bias, y, ref, value, None, call),
-        "linear_rows_gradient": (*detached, y, kept_rows, kept_dx, upstream, None, None, call),
+        "linear_loss_sum": (x, w, bias, y, ref, value, None, factor, None, call, 1.0),
+        "linear_rows": (x, w, bias, y, ref, value, None, call, None, -1),
+        "linear_rows_gradient": (
+            *detached, y, kept_rows, kept_dx, upstream, None, None, call, None, -1, True
+        ),
     }  # fmt: skip
 
 

@@ -79,15 +79,17 @@ def test_sums_and_rows_keep_their_promises(layout: str, needs: tuple[bool, ...])
     head = HeadOptions(torch.float32, torch.float32, torch.float32, 8 * V * 4, Needs(*needs))
     call, _ = Call(RowMaths(), HELLINGER, -100, False, "torch", head=head).encode()
     factor = torch.tensor(0.1, dtype=torch.float64)
-    torch.library.opcheck(linear_loss_sum, (x, w, bias, Y, REF, value, None, factor, None, call))
-    arguments = (x, w, bias, Y, REF, value, None, call)
+    torch.library.opcheck(
+        linear_loss_sum, (x, w, bias, Y, REF, value, None, factor, None, call, 1.0)
+    )
+    arguments = (x, w, bias, Y, REF, value, None, call, None, -1)
     torch.library.opcheck(linear_rows, arguments)
     _, rows, kept = (t.detach() for t in linear_rows(*arguments))
     detached = [t.detach() for t in (x, w, bias)]
     upstream = LAYOUTS[layout](torch.ones(N))
     torch.library.opcheck(
         linear_rows_gradient,
-        (*detached, Y, rows, kept, upstream, None, None, call),
+        (*detached, Y, rows, kept, upstream, None, None, call, None, -1, True),
     )
 
 

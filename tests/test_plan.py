@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import accumulate
 from typing import Any
 
 import pytest
@@ -88,6 +89,12 @@ def test_more_budget_never_costs_more(
         assert large.bytes_moved <= 1.1 * small.bytes_moved
 
 
+def test_a_range_of_all_words_may_take_less_than_one_of_all_but_one() -> None:
+    shape = LinearShape(2, 3, torch.bfloat16, torch.bfloat16, "triton", True, False)
+    plan = plan_linear(["recompute"], 2, shape, _least("recompute", shape))
+    assert (plan.chunks, plan.columns) == ((1, 1), (3,))
+
+
 @given(ROUTES, shapes())
 def test_the_least_budget_that_an_error_names_works_and_one_byte_less_does_not(
     route: Any, shape: LinearShape
@@ -133,7 +140,7 @@ def test_few_tokens_take_ranges_and_many_take_blocks_as_well() -> None:
 def test_units_stay_whole_and_in_order(sizes: list[int], rows: int) -> None:
     shape = replace(SHAPE, backend="triton")
     with forced_route("unit"):
-        plan = plan_units(sizes, shape, rows * ROW)
+        plan = plan_units(list(accumulate(sizes)), shape, rows * ROW)
     assert plan is not None
     assert sum(plan.chunks) == plan.tokens == sum(sizes)
     assert max(plan.chunks, default=0) <= rows
@@ -148,7 +155,7 @@ def test_units_stay_whole_and_in_order(sizes: list[int], rows: int) -> None:
 def test_a_unit_that_does_not_fit_makes_no_plan(sizes: list[int], rows: int) -> None:
     shape = replace(SHAPE, backend="triton")
     with forced_route("unit"):
-        plan = plan_units(sizes, shape, rows * ROW)
+        plan = plan_units(list(accumulate(sizes)), shape, rows * ROW)
     assert (plan is None) == (max(sizes) > rows)
 
 
@@ -267,7 +274,7 @@ def test_one_chunk_is_taken_where_it_holds_no_more_in_all(
     plan = plan_linear(["token", "recompute"], tokens, shape, budget)
     assert (plan.route, len(plan.chunks)) == ("token", chunks)
     assert plan.peak_bytes / 2**30 == pytest.approx(peak, rel=0.02)
-    units = plan_units([1] * tokens, shape, budget)
+    units = plan_units(range(1, tokens + 1), shape, budget)
     assert units is not None
     assert len(units.chunks) == chunks
 
@@ -290,7 +297,7 @@ def test_a_forced_route_is_taken_where_it_is_possible() -> None:
 
 @pytest.mark.parametrize("entropy_gradient", [False, True])
 def test_a_unit_plan_calls_the_loss_before_the_gradient_products(entropy_gradient: bool) -> None:
-    plan = plan_units([3, 4], replace(SHAPE, entropy_gradient=entropy_gradient), 2**20)
+    plan = plan_units([3, 7], replace(SHAPE, entropy_gradient=entropy_gradient), 2**20)
     assert plan is not None
     assert plan.route == "unit"
     assert plan.flops == 6 * 7 * 64 * 1000

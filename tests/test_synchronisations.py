@@ -25,8 +25,8 @@ from fused_losses import TokenStats
 B, T, D, V = 4, 3, 8, 13
 BUDGET = 40 * V * 4  # a few rows, for several chunks, and a pair
 
-# (forward, backward) of each call. Linear calls learn how many labels count; per token, backward
-# makes the logits again; whole sequences and pairs are planned on the CPU.
+# (forward, backward) of each call. Linear calls learn how many labels count, or how many each
+# sequence has: once, whatever the route, and backward knows.
 BOUNDS = {
     "logits mle_loss": (0, 0),
     "logits hellinger_loss": (0, 0),
@@ -37,7 +37,13 @@ BOUNDS = {
     "logits divergence_loss": (0, 0),
     "linear mle_loss": (1, 0),
     "linear hellinger_loss": (1, 0),
-    "linear none": (1, 1),
+    "linear none": (1, 0),
+    "linear sequence, none": (1, 0),
+    "linear sequence, segments": (1, 0),
+    "linear dpo_loss, none": (1, 0),
+    "linear dpo_loss, frozen": (1, 0),
+    "linear dpo_loss, too large a pair": (1, 0),
+    "linear dpo_loss, aot": (1, 0),
     "linear sequence": (1, 0),
     "linear dpo_loss": (1, 0),
     "linear kto_loss": (1, 0),
@@ -48,7 +54,7 @@ BOUNDS = {
     "linear divergence_loss, none": (1, 0),
     "linear sparse_divergence_loss": (1, 0),
     "linear frozen": (1, 0),
-    "linear token_stats": (1, 1),
+    "linear token_stats": (1, 0),
 }
 
 
@@ -83,7 +89,17 @@ def calls() -> dict[str, Callable[[], Tensor]]:
         "hellinger_loss": partial(fused_losses.linear_hellinger_loss, *head, ref),
         "none": partial(fused_losses.linear_hellinger_loss, *head, ref, reduction="none"),
         "sequence": partial(fused_losses.linear_pearson_loss, *head, ref, level="sequence"),
+        "sequence, none": partial(
+            fused_losses.linear_pearson_loss, *head, ref, level="sequence", reduction="none"
+        ),
+        "sequence, segments": partial(
+            fused_losses.linear_pearson_loss, *head, ref, level="sequence", segment_ids=y % 2
+        ),
         "dpo_loss": partial(fused_losses.linear_dpo_loss, *head, ref),
+        "dpo_loss, none": partial(fused_losses.linear_dpo_loss, *head, ref, reduction="none"),
+        "dpo_loss, frozen": partial(fused_losses.linear_dpo_loss, x, w.detach(), y, ref),
+        "dpo_loss, too large a pair": partial(fused_losses.linear_dpo_loss, *head, ref),
+        "dpo_loss, aot": partial(fused_losses.linear_dpo_loss, *head, ref, loss_type="aot"),
         "kto_loss": partial(fused_losses.linear_kto_loss, *head, ref, desirable, kl=ref),
         "policy_loss": partial(
             fused_losses.linear_policy_loss, *head, ref, advantages, ref, entropy_weight=0.1
@@ -105,7 +121,9 @@ def calls() -> dict[str, Callable[[], Tensor]]:
     shared = {"backend": "triton"}
     found = {f"logits {name}": partial(fn, **shared) for name, fn in logits.items()}
     return found | {
-        f"linear {name}": partial(fn, workspace_bytes=BUDGET, **shared)
+        f"linear {name}": partial(
+            fn, workspace_bytes=BUDGET // 6 if "too large" in name else BUDGET, **shared
+        )
         for name, fn in linear.items()
     }
 

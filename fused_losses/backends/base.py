@@ -44,6 +44,15 @@ class RowMaths:
         return self.pre * (1.0 if self.cap is None else self.cap)
 
 
+# Of each row's loss, (N,), or of all: 0-d, or a number.
+Weight = Tensor | float
+
+
+def weight_at(weight: Weight, at: slice | Tensor) -> Weight:
+    """Take the weights of some rows."""
+    return weight[at] if isinstance(weight, Tensor) and weight.dim() else weight
+
+
 @dataclass(frozen=True)
 class Coefficients:
     """What each row's gradient is made of, (N,) each; None is zero.
@@ -86,11 +95,15 @@ class Objective:
     label_smoothing: float = 0.0
     z_loss: float = 0.0
 
-    def coefficients(self, weight: Tensor, rows: Tensor) -> Coefficients:
-        """Return what ``sum(weight * loss)`` gives, from row results (LINES, N); weight is (N,)."""
+    def coefficients(self, weight: Weight, rows: Tensor) -> Coefficients:
+        """Return what ``sum(weight * loss)`` gives, from row results (LINES, N)."""
         eps = self.label_smoothing
         dlse = weight * rows[lines.DLSE] if eps or self.z_loss else None
-        dmean = -eps * weight if eps else None
+        dmean = None
+        if eps:
+            if not isinstance(weight, Tensor) or not weight.dim():
+                weight = torch.ones_like(rows[0]) * weight
+            dmean = -eps * weight
         return Coefficients(weight * rows[lines.DLOGP], dlse, dmean)
 
 
@@ -134,7 +147,7 @@ class RowPasses(Protocol):
         value: Tensor | None = None,
         exponentials: Tensor | None = None,
         gradient: Tensor | None = None,
-        weight: Tensor | None = None,
+        weight: Weight | None = None,
         entropy: bool = False,
         top1: bool = False,
         overwrite: bool = False,

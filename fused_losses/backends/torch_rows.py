@@ -14,7 +14,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fused_losses.backends.base import BLOCK_BYTES, Coefficients, Objective, RowMaths
+from fused_losses.backends.base import (
+    BLOCK_BYTES,
+    Coefficients,
+    Objective,
+    RowMaths,
+    Weight,
+    weight_at,
+)
 from fused_losses.backends.torch_divergence import row_divergence
 from fused_losses.backends.torch_statistics import (
     Seen,
@@ -45,7 +52,7 @@ def row_pass(
     value: Tensor | None = None,
     exponentials: Tensor | None = None,
     gradient: Tensor | None = None,
-    weight: Tensor | None = None,
+    weight: Weight | None = None,
     entropy: bool = False,
     top1: bool = False,
     overwrite: bool = False,
@@ -86,7 +93,7 @@ def row_pass(
         if gradient is not None and objective is not None and weight is not None:
             # The weight of a row is known as soon as the row is.
             conclude(at)
-            c = objective.coefficients(weight[at], rows[:, at])
+            c = objective.coefficients(weight_at(weight, at), rows[:, at])
             _Slopes.of(rows[:, at], c, targets[at], maths, V).apply(E, targets[at])
         elif exponentials is not None and targets.whole:
             # Whole rows know the target's entry already.

@@ -7,7 +7,7 @@ import contextlib
 import torch
 from torch import Tensor
 
-from fused_losses.backends.base import Coefficients, Objective, RowMaths
+from fused_losses.backends.base import Coefficients, Objective, RowMaths, Weight
 from fused_losses.backends.torch_divergence import row_divergence
 from fused_losses_kernels import row_gradient as gradient_kernel
 from fused_losses_kernels import row_pass as forward_kernel
@@ -32,7 +32,7 @@ def row_pass(
     value: Tensor | None = None,
     exponentials: Tensor | None = None,
     gradient: Tensor | None = None,
-    weight: Tensor | None = None,
+    weight: Weight | None = None,
     entropy: bool = False,
     top1: bool = False,
     overwrite: bool = False,

@@ -30,13 +30,17 @@ _sum, _rows, _rows_gradient = (
 )
 
 
+def _encoded(given: tuple[Any, ...]) -> str:
+    return next(argument for argument in given if isinstance(argument, str))
+
+
 def _counted(y: Tensor, call: Call) -> int:
     return int((y != call.ignore_index).sum()) if has_data(y) else y.numel()
 
 
 @register_flop_formula(_sum, get_raw=True)
 def _sum_flops(x: Tensor, w: Tensor, bias: Any, y: Tensor, *given: Any, out_val: Any = None) -> int:
-    call = decode(given[-1], None)
+    call = decode(_encoded(given), None)
     counted = _counted(y, call)
     shape = replace(call.shape(x, w), all_rows=counted == y.numel())
     routes = routes_for(shape, known=True)
@@ -48,7 +52,7 @@ def _sum_flops(x: Tensor, w: Tensor, bias: Any, y: Tensor, *given: Any, out_val:
 def _rows_flops(
     x: Tensor, w: Tensor, bias: Any, y: Tensor, *given: Any, out_val: Any = None
 ) -> int:
-    call = decode(given[-1], None)
+    call = decode(_encoded(given), None)
     return 2 * _counted(y, call) * w.numel() * (1 + keeps_hidden_gradient(call, x, w))
 
 
@@ -57,7 +61,7 @@ def _rows_gradient_flops(
     x: Tensor, w: Tensor, bias: Any, y: Tensor, rows: Any, kept_dx: Tensor, *given: Any,
     out_val: Any = None,
 ) -> int:  # fmt: skip
-    call = decode(given[-1], None)
+    call = decode(_encoded(given), None)
     need_dx, need_dw, need_db = call.linear.needs
     if kept_dx.numel() or not (need_dx or need_dw or need_db):
         return 0

@@ -11,27 +11,18 @@ from fused_losses.engine.head import EVERYTHING, HeadGradient
 from fused_losses.engine.planned import Place, PlannedCall
 
 
-def or_empty(t: Tensor | None, like: Tensor) -> Tensor:
-    """Operators return tensors always; what is not wanted is empty."""
-    return like.new_empty(0) if t is None else t
-
-
 def fake_gradients(
     owners: Sequence[Tensor | None],
     needs: Sequence[bool],
-    like: Tensor,
     *,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, ...]:
-    """Return what operators promise for the gradients of owners: contiguous, or empty."""
+    """Return what operators promise for the gradients of owners that need them: contiguous."""
+    form = torch.contiguous_format
     return tuple(
-        or_empty(
-            torch.empty_like(t, dtype=dtype, memory_format=torch.contiguous_format)
-            if need and t is not None
-            else None,
-            like,
-        )
+        torch.empty_like(t, dtype=dtype, memory_format=form)
         for t, need in zip(owners, needs, strict=True)
+        if need and t is not None
     )
 
 
@@ -50,7 +41,7 @@ class GradientSums:
         options = planned.call.linear
         need_dx, need_dw, need_db = options.needs
         self.head = planned.head
-        compute = options.compute_dtype
+        compute, self._owner_dtype = options.compute_dtype, planned.x.dtype
         self._half = compute == torch.float16
         self._shard = planned.call.shard
         self._owner = planned.x.dtype
@@ -72,12 +63,19 @@ class GradientSums:
         chunks = len(planned.plan.chunks)
         self._sums = HeadGradient(self.head, need_dw, need_db, options.accum_dtype, chunks)
 
-    def dx_of(self, at: Place, x: Tensor) -> Tensor | None:
-        """Return memory for the gradient of some hidden states (R, D), its own place if it can."""
+    def dx_of(self, at: Place, x: Tensor, *, overwrite: bool = False) -> Tensor | None:
+        """Return memory for the gradient of some hidden states (R, D), its own place if it can.
+
+        ``overwrite``: else that of ``x``, nobody's any more, where it is a copy of theirs.
+        """
         if self.dx is None:
             return None
         if self._in_place(at, self.dx):
             return self.dx[at]
+        # A slice of what computes as it lies is no copy.
+        copied = not isinstance(at, slice) or self._owner_dtype != x.dtype
+        if overwrite and copied and x.dtype == self._dx_dtype and x.is_contiguous():
+            return x
         return x.new_empty(x.shape, dtype=self._dx_dtype)
 
     def put_dx(self, at: Place, dx: Tensor) -> None:

@@ -18,7 +18,7 @@ def scale_saved(
     # In place where nobody can ask again: the gradient of a head is too large to hold twice.
     in_place = plain and not graph_is_kept()
     # Looking at it costs a GPU a synchronisation.
-    nothing_to_do = in_place and scale.is_cpu and bool(scale == 1.0)
+    nothing_to_do = in_place and scale.is_cpu and float(scale) == 1.0
     scaled: list[Tensor | None] = []
     with torch.no_grad():
         for gradient, owner in zip(gradients, owners, strict=True):

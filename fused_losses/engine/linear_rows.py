@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from fused_losses.engine.call import Call, Needs, decode
-from fused_losses.engine.gradients import fake_gradients, or_empty
+from fused_losses.engine.gradients import fake_gradients
 from fused_losses.engine.once import refuse_second_derivative
 from fused_losses.engine.planned import PlannedCall
 from fused_losses.engine.ranges import hidden_gradient, recompute, seen_chunks
 from fused_losses.engine.rows import Coefficients, coefficients, lines, new_rows
-from fused_losses.plan import routes_for
+from fused_losses.plan import Route, routes_for
 
 
 @torch.library.custom_op("fused_losses::linear_rows", mutates_args=())
@@ -30,16 +30,22 @@ def linear_rows(
     value: Tensor | None,
     changing: Tensor | None,
     encoded: str,
+    positions: Tensor | None,
+    counted: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the per-token loss (N,), rows (LINES, N) and, if kept, -d logp / d x (N, D).
 
     The loss is differentiable where the call has an objective; else it is 0, and the rows (logp,
-    lse, entropy) are. With a frozen head backward scales what is kept.
+    lse, entropy) are. With a frozen head backward scales what is kept. ``positions`` of the rows
+    that count, and how many do: see ``counted_positions``; -1: to be found, here and in backward.
     """
     call = decode(encoded, changing)
     keep = keeps_hidden_gradient(call, x, w)
     needs = Needs(keep, False, False)
-    planned = PlannedCall.of(x, w, bias, y, call, ["frozen" if keep else "forward"], needs)
+    routes: list[Route] = ["frozen" if keep else "forward"]
+    planned = PlannedCall.of(
+        x, w, bias, y, call, routes, needs, positions=positions, counted=counted
+    )
     kept = planned.rows.new_empty(0)
     if keep:
         # Dropped rows are multiplied by 0: they must not be NaN.
@@ -59,7 +65,7 @@ def keeps_hidden_gradient(call: Call, x: Tensor, w: Tensor) -> bool:
 
 
 @linear_rows.register_fake
-def _(x, w, bias, y, ref, value, changing, encoded):
+def _(x, w, bias, y, ref, value, changing, encoded, positions, counted):
     call = decode(encoded, None)
     rows = new_rows(y, call.linear.logits_dtype)
     kept = rows.new_empty(x.shape if keeps_hidden_gradient(call, x, w) else (0,))
@@ -78,18 +84,24 @@ def linear_rows_gradient(
     drows: Tensor | None,
     changing: Tensor | None,
     encoded: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return dx, dw and db, each empty if it is not needed, and dvalue (N,)."""
+    positions: Tensor | None,
+    counted: int,
+    need_dvalue: bool,
+) -> list[Tensor]:
+    """Return dx, dw, db and dvalue (N,), each if it is needed."""
     call = decode(encoded, changing)
-    c, dvalue = coefficients(y, rows, dloss, drows, call)
-    dx = dw = db = None
+    c, dvalue = coefficients(y, rows, dloss, drows, call, need_dvalue=need_dvalue)
+    found: tuple[Tensor | None, ...] = ()
     with torch.autocast(x.device.type, enabled=False):
         if kept_dx.numel():
-            dx = _scaled(kept_dx, x, y, rows, c, w, call)
+            found = (_scaled(kept_dx, x, y, rows, c, w, call),)
         elif any(call.linear.needs):
-            dx, dw, db = _recomputed(x, w, bias, y, rows, c, call)
-    dx, dw, db = (or_empty(t, rows) for t in (dx, dw, db))
-    return dx, dw, db, dvalue
+            planned = PlannedCall.of(
+                x, w, bias, y, call, ["recompute"], positions=positions, counted=counted
+            )
+            found = _recomputed(planned, w, bias, rows, c)
+    found = tuple(t for t, need in zip(found, call.linear.needs, strict=False) if need)
+    return [t for t in (*found, dvalue) if t is not None]
 
 
 def _scaled(
@@ -111,16 +123,9 @@ def _scaled(
 
 
 def _recomputed(
-    x: Tensor,
-    w: Tensor,
-    bias: Tensor | None,
-    y: Tensor,
-    rows: Tensor,
-    c: Coefficients,
-    call: Call,
+    planned: PlannedCall, w: Tensor, bias: Tensor | None, rows: Tensor, c: Coefficients
 ) -> tuple[Tensor | None, ...]:
-    planned = PlannedCall.of(x, w, bias, y, call, ["recompute"])
-    if not call.linear.deferred:
+    if not planned.call.linear.deferred:
         sums = recompute(planned, rows, c)
         sums.complete()
         return sums.dx, *sums.head_gradients(w, bias)
@@ -131,22 +136,26 @@ def _recomputed(
     found = (sums.dx, *sums.head_gradients(w, bias))
     return tuple(
         t if t is None or own is None else (t * size).to(own.dtype)
-        for t, own in zip(found, (x, w, bias), strict=True)
+        for t, own in zip(found, (planned.x, w, bias), strict=True)
     )
 
 
 @linear_rows_gradient.register_fake
-def _(x, w, bias, y, rows, kept_dx, dloss, drows, changing, encoded):
+def _(
+    x, w, bias, y, rows, kept_dx, dloss, drows, changing, encoded,
+    positions, counted, need_dvalue,
+):  # fmt: skip
     needs = decode(encoded, None).linear.needs
-    return *fake_gradients((x, w, bias), needs, rows), torch.empty_like(rows[0])
+    found = fake_gradients((x, w, bias), needs)
+    return [*found, *([torch.empty_like(rows[0])] if need_dvalue else [])]
 
 
 def _setup_rows(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, w, bias, y, _ref, value, changing, ctx.encoded = inputs
+    x, w, bias, y, _ref, value, changing, ctx.encoded, positions, ctx.counted = inputs
     loss, rows, kept_dx = output
     ctx.call = decode(ctx.encoded, None)  # holds a user's own loss
     ctx.value_dtype = None if value is None else value.dtype
-    ctx.save_for_backward(x, w, bias, y, rows, kept_dx, changing)
+    ctx.save_for_backward(x, w, bias, y, rows, kept_dx, changing, positions)
     ctx.mark_non_differentiable(kept_dx, rows if ctx.call.objective is not None else loss)
     ctx.set_materialize_grads(False)
 
@@ -155,12 +164,16 @@ def _backward_rows(
     ctx: Any, dloss: Tensor | None, drows: Tensor | None, _: Tensor | None
 ) -> tuple[Any, ...]:
     if dloss is None and drows is None:
-        return (None,) * 8
-    *saved, changing = ctx.saved_tensors  # once: checkpointing objects to more
-    *found, dvalue = linear_rows_gradient(*saved, dloss, drows, changing, ctx.encoded)
-    dx, dw, db = (t if need else None for t, need in zip(found, ctx.call.linear.needs, strict=True))
-    dvalue = dvalue.to(ctx.value_dtype) if ctx.needs_input_grad[5] else None
-    return dx, dw, db, None, None, dvalue, None, None
+        return (None,) * 10
+    *saved, changing, positions = ctx.saved_tensors  # once: checkpointing objects to more
+    need_dvalue = ctx.needs_input_grad[5]
+    found = linear_rows_gradient(
+        *saved, dloss, drows, changing, ctx.encoded, positions, ctx.counted, need_dvalue
+    )
+    wanted = [*ctx.call.linear.needs, need_dvalue]
+    dx, dw, db, dvalue = (found.pop(0) if want else None for want in wanted)
+    dvalue = None if dvalue is None else dvalue.to(ctx.value_dtype)
+    return dx, dw, db, None, None, dvalue, *(None,) * 4
 
 
 linear_rows.register_autograd(_backward_rows, setup_context=_setup_rows)

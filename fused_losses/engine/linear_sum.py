@@ -6,13 +6,16 @@ route is the cheapest.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fused_losses.backends import Weight, weight_at
 from fused_losses.engine.call import decode
-from fused_losses.engine.gradients import GradientSums, fake_gradients, or_empty
+from fused_losses.engine.gradients import GradientSums, fake_gradients
 from fused_losses.engine.handover import scale_saved
 from fused_losses.engine.once import once_differentiable
 from fused_losses.engine.planned import PlannedCall
@@ -31,98 +34,138 @@ def linear_loss_sum(
     ref: Tensor | None,
     value: Tensor | None,
     token_weight: Tensor | None,
-    factor: Tensor,
+    factor: Tensor | None,
     changing: Tensor | None,
     encoded: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return ``factor * sum(token_weight * loss)``, rows (LINES, N), and dx, dw, db, dvalue.
+    divisor: float,
+) -> tuple[Tensor, list[Tensor]]:
+    """Return ``factor * sum(token_weight * loss) / divisor``, and what else is wanted.
 
-    ``x`` (N, D), ``w`` (V, D), ``y`` (N,), ``factor`` 0-d. Only the sum is differentiable.
+    ``x`` (N, D), ``w`` (V, D), ``y`` (N,); ``factor`` 0-d, or None for 1; a ``divisor`` of 0 stands
+    for the number of labels that count. Only the sum is differentiable. Beside it come, each if it
+    is wanted, dx, dw, db, dvalue, and rows (LINES, N) where the call asks for an entropy.
     """
     call = decode(encoded, changing)
-    planned = PlannedCall.of(x, w, bias, y, call, routes_for(call.shape(x, w), known=True))
-    rows = planned.rows
-    weight = _row_weight(token_weight, factor, y, rows.dtype)
-    in_row = weight
-    if call.linear.deferred:
-        in_row = _row_weight(token_weight, torch.ones_like(factor), y, rows.dtype)
+    routes = routes_for(call.shape(x, w), known=True)
+    planned = PlannedCall.of(x, w, bias, y, call, routes)
+    planned.keep_rows = call.entropy or value is not None or planned.plan.route == "recompute"
+    known = _factor(planned, factor, divisor)
+    in_row = 1.0 if call.linear.deferred else known
+    if token_weight is not None:
+        in_row = token_weight.to(planned.rows_dtype) * in_row
     with torch.autocast(x.device.type, enabled=False):
-        sums = _run(planned, in_row, ref=ref, value=value)
+        total, sums = _run(planned, in_row, ref=ref, value=value)
         if sums is not None:
             sums.complete()
+    if call.linear.deferred:
+        total = total * known
     gradients = (None,) * 3 if sums is None else (sums.dx, *sums.head_gradients(w, bias))
-    total = (weight * rows[lines.LOSS]).sum()
     dvalue = None
     if value is not None and call.objective is not None:
-        dvalue = (1.0 + rows[lines.DLOGP]) / call.objective.beta
+        dvalue = (1.0 + planned.rows[lines.DLOGP]) / call.objective.beta
         dvalue = torch.where(y == call.ignore_index, 0.0, in_row * dvalue).to(value.dtype)
-    dx, dw, db, dvalue = (or_empty(t, rows) for t in (*gradients, dvalue))
-    return total, rows, dx, dw, db, dvalue
+    rows = planned.rows if call.entropy else None
+    return total, [t for t in (*gradients, dvalue, rows) if t is not None]
+
+
+def _factor(planned: PlannedCall, factor: Tensor | None, divisor: float) -> Weight:
+    """Return what the sum is multiplied by: a number, or 0-d in the dtype of the rows."""
+    if divisor == 0.0 and planned.masked:
+        # Nobody may look how many rows count.
+        counted = (planned.y != planned.call.ignore_index).sum(dtype=planned.rows_dtype)
+        return counted.reciprocal().nan_to_num(posinf=0.0)
+    known = 1.0 / (divisor or planned.plan.tokens or math.inf)
+    return known if factor is None else factor.to(planned.rows_dtype) * known
 
 
 def _run(
-    planned: PlannedCall, weight: Tensor, *, ref: Tensor | None, value: Tensor | None
-) -> GradientSums | None:
-    """Fill ``planned.rows`` and return the gradients, by the route of the plan."""
+    planned: PlannedCall, weight: Weight, *, ref: Tensor | None, value: Tensor | None
+) -> tuple[Tensor, GradientSums | None]:
+    """Return the weighted sum of the losses and its gradients, by the route of the plan."""
     route, objective, top1 = planned.plan.route, planned.call.objective, planned.call.entropy
+    total = _Total(planned, weight)
     if objective is None or route in ("forward", "recompute"):
-        for _ in seen_chunks(planned, ref=ref, value=value, top1=top1):
-            pass
+        for seen in seen_chunks(planned, ref=ref, value=value, top1=top1):
+            total.add(seen.rows, weight_at(weight, seen.at))
         if objective is None or route == "forward":
-            return None
-        return recompute(planned, planned.rows, objective.coefficients(weight, planned.rows))
+            return total.value, None
+        c = objective.coefficients(weight, planned.rows)
+        return total.value, recompute(planned, planned.rows, c)
     sums = GradientSums(planned)
     if route == "frozen":
         for seen in seen_chunks(planned, keep=True, ref=ref, value=value, top1=top1):
+            mine = weight_at(weight, seen.at)
+            total.add(seen.rows, mine)
             if sums.dx is not None and seen.kept is not None:
-                c = objective.coefficients(weight[seen.at], seen.rows)
+                c = objective.coefficients(mine, seen.rows)
                 head, call = planned.head.weight, planned.call
                 dx = hidden_gradient(seen.kept, seen.y, seen.rows, c, head, call)
                 sums.dx[seen.at] = dx.to(sums.dx.dtype)
-        return sums
+        return total.value, sums
     for chunk in chunks_of(planned):
-        chunk.row_pass(ref=ref, value=value, weight=weight, top1=top1)
+        mine = weight_at(weight, chunk.at)
+        chunk.row_pass(ref=ref, value=value, weight=mine, top1=top1)
+        total.add(chunk.rows, mine)
         add_chunk(sums, chunk)
-    return sums
+    return total.value, sums
 
 
-def _row_weight(
-    token_weight: Tensor | None, factor: Tensor, y: Tensor, dtype: torch.dtype
-) -> Tensor:
-    """Return the weight of each row's loss, (N,)."""
-    factor = factor.to(dtype)
-    return factor.expand(y.shape) if token_weight is None else token_weight.to(dtype) * factor
+class _Total:
+    """The weighted sum of the losses, chunk by chunk; one weight of all is applied at the end."""
+
+    def __init__(self, planned: PlannedCall, weight: Weight) -> None:
+        self._planned = planned
+        self._sum: Tensor | None = None
+        self._of_all = None if isinstance(weight, Tensor) and weight.dim() else weight
+
+    def add(self, rows: Tensor, weight: Weight) -> None:
+        """Add a chunk, with the weights of its rows."""
+        loss = rows[lines.LOSS]
+        found = (loss if self._of_all is not None else weight * loss).sum()
+        self._sum = found if self._sum is None else self._sum + found
+
+    @property
+    def value(self) -> Tensor:
+        """The sum, 0-d."""
+        if self._sum is None:
+            return self._planned.y.new_zeros((), dtype=self._planned.rows_dtype)
+        return self._sum if self._of_all is None else self._sum * self._of_all
 
 
 @linear_loss_sum.register_fake
-def _(x, w, bias, y, ref, value, token_weight, factor, changing, encoded):
-    head = decode(encoded, None).linear
+def _(x, w, bias, y, ref, value, token_weight, factor, changing, encoded, divisor):
+    call = decode(encoded, None)
+    head = call.linear
     rows = new_rows(y, head.logits_dtype)
     waiting = torch.float32 if head.deferred else None
-    gradients = fake_gradients((x, w, bias), head.needs, rows, dtype=waiting)
-    dvalue = rows.new_empty(0) if value is None else value.new_empty(y.shape)
-    return rows.new_empty(()), rows, *gradients, dvalue
+    found = [*fake_gradients((x, w, bias), head.needs, dtype=waiting)]
+    if value is not None and call.objective is not None:
+        found.append(value.new_empty(y.shape))
+    return rows.new_empty(()), [*found, *([rows] if call.entropy else [])]
 
 
-def _setup_sum(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, w, bias, _y, _ref, value, _token_weight, factor, _changing, encoded = inputs
-    ctx.save_for_backward(x, w, bias, value, factor, *output[2:])
-    ctx.mark_non_differentiable(*output[1:])
+def _setup_sum(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Sequence[Tensor]]) -> None:
+    x, w, bias, _y, _ref, value, _token_weight, factor, _changing, encoded, _divisor = inputs
+    call = decode(encoded, None)
+    ctx.head = call.linear
+    ctx.wanted = [*call.linear.needs, value is not None and call.objective is not None]
+    _, found = output
+    ctx.save_for_backward(x, w, bias, value, factor, *found[: sum(ctx.wanted)])
+    ctx.mark_non_differentiable(*found)
     ctx.set_materialize_grads(False)
-    ctx.head = decode(encoded, None).linear
 
 
-def _backward_sum(ctx: Any, dtotal: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    x, w, bias, value, factor, *gradients = ctx.saved_tensors
+def _backward_sum(ctx: Any, dtotal: Tensor | None, _: Any) -> tuple[Any, ...]:
+    x, w, bias, value, factor, *found = ctx.saved_tensors
     if dtotal is None:
-        return (None,) * 10
-    wanted = [*ctx.head.needs, ctx.needs_input_grad[5]]
-    saved = [t if want else None for t, want in zip(gradients, wanted, strict=True)]
+        return (None,) * 11
+    saved = [found.pop(0) if want else None for want in ctx.wanted]
+    saved[3] = saved[3] if ctx.needs_input_grad[5] else None
     with torch.no_grad():
         scale = dtotal * factor if ctx.head.deferred else dtotal
     scaled = scale_saved(saved, [x, w, bias, value], scale)
     dx, dw, db, dvalue = once_differentiable(scaled, [dtotal, x, w, bias, value])
-    return dx, dw, db, None, None, dvalue, None, None, None, None
+    return dx, dw, db, None, None, dvalue, *(None,) * 5
 
 
 linear_loss_sum.register_autograd(_backward_sum, setup_context=_setup_sum)

@@ -12,7 +12,8 @@ from fused_losses.engine.call import Call
 from fused_losses.engine.gradients import GradientSums
 from fused_losses.engine.once import once_differentiable
 from fused_losses.engine.planned import PlannedCall
-from fused_losses.engine.unit_sum import Step, UnitLayout, run_steps
+from fused_losses.engine.unit_sum import Step, run_steps
+from fused_losses.engine.units import UnitLayout
 from fused_losses.plan import Plan
 
 # Makes a step from the tokens' weights and a place for their losses.

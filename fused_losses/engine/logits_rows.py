@@ -72,7 +72,7 @@ def logits_gradient(
     dz = z.new_empty(z.shape if need_dz else (0,))
     if need_dz:
         _write(z, y, rows, c, call, dz)
-    return dz, dvalue
+    return dz, torch.zeros_like(rows[0]) if dvalue is None else dvalue
 
 
 @logits_gradient.register_fake

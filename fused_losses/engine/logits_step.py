@@ -13,7 +13,8 @@ from torch import Tensor
 
 from fused_losses.backends.transform import raw_gradient, transformed
 from fused_losses.engine.call import Call
-from fused_losses.engine.unit_sum import Step, UnitChunk, autocast_of, call_loss
+from fused_losses.engine.unit_sum import Step, autocast_of, call_loss
+from fused_losses.engine.units import UnitChunk
 from fused_losses.engine.whole_rows import Chunk
 from fused_losses.stats import TokenStats
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fused_losses.engine.call import Call, Needs
 from fused_losses.engine.head import Head
-from fused_losses.engine.rows import new_rows
+from fused_losses.engine.rows import accumulation_dtype, lines, new_rows
 from fused_losses.engine.sharded_rows import passes_of
 from fused_losses.engine.workspace import Tile, workspace
 from fused_losses.plan import Plan, Route, plan_linear
@@ -19,16 +19,19 @@ from fused_losses.plan import Plan, Route, plan_linear
 Place = slice | Tensor  # where tokens are among the rows of a call
 
 
-def counted_positions(y: Tensor, ignore_index: int) -> Tensor | None:
-    """Return the flat positions of the labels that count; None: take every row as it comes.
+def counted_positions(y: Tensor, ignore_index: int) -> tuple[Tensor | None, int]:
+    """Return the flat positions of the labels that count, and how many rows to take.
+
+    No positions: take every row as it comes.
 
     On a GPU this is the one host synchronisation of a call. While a CUDA graph is captured nothing
     may depend on data: all rows stay, and ignored ones are zeroed.
     """
     if _capturing(y):
-        return None
+        return None, y.numel()
     positions = (y != ignore_index).nonzero()[:, 0]
-    return None if positions.numel() == y.numel() else positions
+    counted = positions.numel()
+    return None if counted == y.numel() else positions, counted
 
 
 def _capturing(t: Tensor) -> bool:
@@ -49,7 +52,8 @@ class PlannedCall:
 
     Attributes:
         head: The products.
-        rows: (LINES, N) row results; those of dropped tokens are zeros from the start.
+        keep_rows: Whether row results are wanted.
+        masked: Whether rows of ignored tokens are among those that chunks take.
     """
 
     def __init__(
@@ -66,8 +70,36 @@ class PlannedCall:
         self.call, self.plan = call, plan
         self.head = Head(weight, bias, call.linear.compute_dtype, call.linear.logits_dtype)
         self.backend = passes_of(call.backend, call.shard)
-        self._masked = positions is None and _capturing(y)
-        self.rows = new_rows(y, call.linear.logits_dtype, zero=positions is not None)
+        self.masked = positions is None and _capturing(y)
+        self.keep_rows = True
+        self.rows_dtype = accumulation_dtype(call.linear.logits_dtype)
+        self._rows: Tensor | None = None
+
+    @property
+    def rows(self) -> Tensor:
+        """(LINES, N) row results; those of dropped tokens are zeros from the start."""
+        if self._rows is None:
+            self._rows = new_rows(self.y, self.rows_dtype, zero=self.positions is not None)
+        return self._rows
+
+    def new_rows(self, y: Tensor) -> Tensor:
+        """Return memory for the row results of a chunk with labels ``y``."""
+        # All of the call: they are where they belong.
+        if self.keep_rows and self.positions is None and len(self.plan.chunks) == 1:
+            return self.rows
+        return new_rows(y, self.rows_dtype)
+
+    @property
+    def results(self) -> Tensor:
+        """Row results as they leave the engine: (LINES, 0) if they are not wanted."""
+        if self.keep_rows:
+            return self.rows
+        return self.x.new_empty((lines.LINES, 0), dtype=self.rows_dtype)
+
+    def put_rows(self, at: Place, rows: Tensor) -> None:
+        """Put a chunk's row results among those of the call."""
+        if self.keep_rows and rows is not self.rows:
+            self.rows[:, at] = rows
 
     @staticmethod
     def of(
@@ -78,12 +110,18 @@ class PlannedCall:
         call: Call,
         routes: Sequence[Route],
         needs: Needs | None = None,
+        *,
+        positions: Tensor | None = None,
+        counted: int = -1,
     ) -> PlannedCall:
-        """Plan a call over the labels that count, by the cheapest of some routes."""
-        positions = counted_positions(y, call.ignore_index)
-        tokens = y.numel() if positions is None else positions.numel()
+        """Plan a call over the labels that count, by the cheapest of some routes.
+
+        ``positions`` and ``counted``: see :func:`counted_positions`; -1: they are to be found.
+        """
+        if counted < 0:
+            positions, counted = counted_positions(y, call.ignore_index)
         shape = replace(call.shape(x, weight, needs), all_rows=positions is None)
-        plan = plan_linear(routes, tokens, shape, call.linear.budget)
+        plan = plan_linear(routes, counted, shape, call.linear.budget)
         return PlannedCall(x, weight, bias, y, positions, call, plan)
 
     def places(self) -> Iterator[Place]:
@@ -105,7 +143,7 @@ class PlannedCall:
     def labels_and_hidden(self, at: Place) -> tuple[Tensor, Tensor]:
         """Labels (R,) and hidden states (R, D), in the compute dtype, of some tokens."""
         y, x = self.y[at], self.x[at].to(self.head.compute_dtype)
-        if self._masked:
+        if self.masked:
             # Kept rows of ignored tokens: NaN there must not reach dW as 0 * NaN.
             x = x.masked_fill((y == self.call.ignore_index)[:, None], 0.0)
         return y, x

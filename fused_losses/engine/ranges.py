@@ -17,7 +17,7 @@ from fused_losses.backends import RowMaths, lines
 from fused_losses.engine.call import Call
 from fused_losses.engine.gradients import GradientSums
 from fused_losses.engine.planned import Place, PlannedCall
-from fused_losses.engine.rows import Coefficients, new_rows
+from fused_losses.engine.rows import Coefficients
 from fused_losses.engine.sharded_rows import ShardedRows
 from fused_losses.engine.workspace import Tile
 
@@ -55,7 +55,7 @@ def seen_chunks(
         sums = planned.x.new_empty(size, dtype=wide) if keep else None
         for at in planned.places():
             y, x = planned.labels_and_hidden(at)
-            rows = new_rows(y, head.logits_dtype)
+            rows = planned.new_rows(y)
             kept = None if sums is None else sums[: len(y)]
             for columns in planned.columns():
                 z, e = tile(len(y), columns.stop - columns.start)
@@ -96,7 +96,7 @@ def seen_chunks(
                     )
                     _follow(kept, before, rows[lines.SHIFT])
                 _finish(kept, planned, y, rows)
-            planned.rows[:, at] = rows
+            planned.put_rows(at, rows)
             yield SeenChunk(at, y, rows, kept)
 
 
@@ -112,15 +112,17 @@ def _follow(sums: Tensor, before: Tensor, shift: Tensor) -> None:
 def _finish(kept: Tensor, planned: PlannedCall, y: Tensor, rows: Tensor) -> None:
     """Turn sums of exponentials times the head's rows into -d logp / d x."""
     call = planned.call
-    slope = target_slope(rows, call.maths)
     if len(planned.plan.columns) > 1 or call.shard is not None:
+        slope = target_slope(rows, call.maths)
         # Ranges leave the target out; subtracted from 1 - p_y, not from 1, nothing cancels.
         factor = call.maths.factor
         at_y = rows[lines.REST] * rows[lines.SUM] * slope / factor
         at_y = call.held(at_y, y)
         kept.addcmul_(target_rows(planned.head.weight, y), at_y[:, None], value=-1.0)
     scale = call.maths.factor / rows[lines.SUM]
-    kept.mul_(scale.masked_fill(y == call.ignore_index, 0.0)[:, None])
+    if planned.masked:
+        scale = scale.masked_fill(y == call.ignore_index, 0.0)
+    kept.mul_(scale[:, None])
 
 
 def target_slope(rows: Tensor, maths: RowMaths) -> Tensor:

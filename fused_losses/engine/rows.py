@@ -39,20 +39,29 @@ def coefficients(
     dloss: Tensor | None,
     drows: Tensor | None,
     call: Call,
-) -> tuple[Coefficients, Tensor]:
+    *,
+    need_dvalue: bool = True,
+) -> tuple[Coefficients, Tensor | None]:
     """Combine the upstream gradients of the per-token loss and of the row statistics.
 
-    Returns the coefficients of the logits' gradient, and the gradient of ``value`` (N,).
+    Returns the coefficients of the logits' gradient, and the gradient of ``value`` (N,) if it is
+    needed.
     """
-    nothing, objective = torch.zeros_like(rows[0]), call.objective
-    c, dvalue = Coefficients(nothing), nothing
-    if dloss is not None and objective is not None:
+    objective, c, dvalue = call.objective, None, None
+    if objective is not None and dloss is not None:
         c = objective.coefficients(dloss, rows)
-        # Equation (7). Ignored rows have no loss, whatever comes from upstream.
-        dvalue = (1.0 + rows[lines.DLOGP]) / objective.beta
-        dvalue = torch.where(y == call.ignore_index, 0.0, dloss * dvalue)
+        if need_dvalue:
+            # Equation (7). Ignored rows have no loss, whatever comes from upstream.
+            dvalue = (1.0 + rows[lines.DLOGP]) / objective.beta
+            dvalue = torch.where(y == call.ignore_index, 0.0, dloss * dvalue)
     if drows is not None:
-        dlse = drows[lines.LSE] if c.dlse is None else c.dlse + drows[lines.LSE]
+        dlogp, dlse = drows[lines.LOGP], drows[lines.LSE]
         dentropy = drows[lines.ENTROPY] if call.entropy else None
-        c = Coefficients(c.dlogp + drows[lines.LOGP], dlse, c.dmean, dentropy)
+        if c is not None:
+            dlogp, dlse = c.dlogp + dlogp, dlse if c.dlse is None else c.dlse + dlse
+        c = Coefficients(dlogp, dlse, None if c is None else c.dmean, dentropy)
+    if c is None:
+        c = Coefficients(torch.zeros_like(rows[0]))
+    if need_dvalue and dvalue is None:
+        dvalue = torch.zeros_like(rows[0])
     return c, dvalue

@@ -17,7 +17,8 @@ from fused_losses.backends import Sides
 from fused_losses.chunk_bytes import row_stride
 from fused_losses.engine.divergence_rows import DivergenceCall
 from fused_losses.engine.head import Head
-from fused_losses.engine.unit_sum import Step, UnitChunk
+from fused_losses.engine.unit_sum import Step
+from fused_losses.engine.units import UnitChunk
 from fused_losses.engine.whole_rows import Chunk
 
 

@@ -8,8 +8,7 @@ operator.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,84 +21,10 @@ from fused_losses.engine.handover import scale_saved
 from fused_losses.engine.once import once_differentiable
 from fused_losses.engine.planned import PlannedCall
 from fused_losses.engine.rows import Coefficients, lines, stats_of
+from fused_losses.engine.units import UnitChunk, UnitLayout
 from fused_losses.engine.whole_rows import Chunk, add_chunk, chunks_of
 from fused_losses.plan import Plan
 from fused_losses.stats import TokenStats
-
-
-@dataclass(frozen=True)
-class UnitLayout:
-    """Counted tokens, sorted by unit.
-
-    Attributes:
-        positions: (n,) flat positions of the counted tokens, unit after unit.
-        ids: (U,) the units that have counted tokens, ascending.
-        unit_at: (n,) where each token's unit is among ``ids``.
-        sizes: Counted tokens of each of them, on the host.
-    """
-
-    positions: Tensor
-    ids: Tensor
-    unit_at: Tensor
-    sizes: list[int]
-
-    @staticmethod
-    def of(y: Tensor, unit_of: Tensor | None, ignore_index: int) -> UnitLayout:
-        """Lay out the tokens of units ``unit_of`` (N,); None: every token is its own unit.
-
-        Planning needs the sizes of units on the host: a copy of the ids is the one host
-        synchronisation of a call. All else stays on the device.
-
-        Raises:
-            ValueError: A counted token of a negative unit.
-        """
-        if unit_of is None:
-            positions = (y != ignore_index).nonzero()[:, 0]
-            n = positions.numel()
-            return UnitLayout(positions, positions, torch.arange(n, device=y.device), [1] * n)
-        nowhere = torch.iinfo(torch.int64).max
-        units = torch.where(y != ignore_index, unit_of.to(torch.int64), nowhere)
-        units, order = torch.sort(units, stable=True)
-        known = units.cpu()
-        n = int(torch.searchsorted(known, nowhere))
-        if n and int(known[0]) < 0:
-            raise ValueError(f"units must be >= 0 at counted positions, got {int(known[0])}")
-        sizes = torch.unique_consecutive(known[:n], return_counts=True)[1].tolist()
-        units, positions = units[:n], order[:n]
-        unit_at = torch.diff(units, prepend=units[:1]).sign().cumsum(0)
-        first = torch.searchsorted(unit_at, torch.arange(len(sizes), device=y.device))
-        return UnitLayout(positions, units[first], unit_at, sizes)
-
-    def chunks(self, sizes: Sequence[int]) -> list[UnitChunk]:
-        """Split into chunks of so many tokens, each some whole units."""
-        chunks, token, unit = [], 0, 0
-        for size in sizes:
-            first_token, first_unit = token, unit
-            while token < first_token + size:
-                token += self.sizes[unit]
-                unit += 1
-            tokens, units = slice(first_token, token), slice(first_unit, unit)
-            unit_at = self.unit_at[tokens]
-            if first_unit:
-                unit_at = unit_at - first_unit
-            chunks.append(UnitChunk(self.positions[tokens], self.ids[units], unit_at))
-        return chunks
-
-
-@dataclass(frozen=True)
-class UnitChunk:
-    """Whole units of one chunk: where their tokens are, and which units they are.
-
-    Attributes:
-        positions: (R,) flat positions of the tokens, unit after unit.
-        ids: (P,) the units, ascending.
-        unit_at: (R,) where each token's unit is among ``ids``.
-    """
-
-    positions: Tensor
-    ids: Tensor
-    unit_at: Tensor
-
 
 # Gets all rows, those that do not count among them, and None where nothing is laid out in units.
 UnitLoss = Callable[[TokenStats, UnitChunk | None], Tensor]
@@ -128,8 +53,22 @@ def unit_sum(
     """
     if plan.has_gradient:
         return _UnitSum.apply(x, w, bias, y, layout, call, plan, step, ref, value)
+    planned = _planned(x, w, bias, y, layout, call, plan)
+    return run_steps(planned, layout, step, None, ref, value), planned.results
+
+
+def _planned(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+    layout: UnitLayout,
+    call: Call,
+    plan: Plan,
+) -> PlannedCall:
     planned = PlannedCall(x, w, bias, y, layout.positions, call, plan)
-    return run_steps(planned, layout, step, None, ref, value), planned.rows
+    planned.keep_rows = call.entropy  # else nobody asked for statistics
+    return planned
 
 
 def run_steps(
@@ -141,24 +80,28 @@ def run_steps(
     value: Tensor | None = None,
 ) -> Tensor:
     """Run a step on one chunk after another, and add up its losses and their gradients."""
-    total = planned.rows.new_zeros(())
+    total: Tensor | None = None
     with torch.autocast(planned.x.device.type, enabled=False):
         chunks = layout.chunks(planned.plan.chunks)
         for chunk, units in zip(chunks_of(planned), chunks, strict=True):
             chunk.row_pass(ref=ref, value=value, top1=True)
-            total += step(chunk, units)
+            loss = step(chunk, units)
+            total = loss if total is None else total + loss
             if sums is not None:
                 add_chunk(sums, chunk)
-    return total
+    return planned.x.new_zeros((), dtype=planned.rows_dtype) if total is None else total
 
 
-def step_of_log_probs(loss_fn: UnitLoss, call: Call, device_type: str) -> Step:
-    """Make a step of a function that torch differentiates, under the autocast of now."""
+def step_of_log_probs(loss_fn: UnitLoss, call: Call, device_type: str, *, own: bool) -> Step:
+    """Make a step of a function that torch differentiates, under the autocast of now.
+
+    ``own``: see :func:`call_loss`.
+    """
     user_autocast = autocast_of(device_type)
 
     def step(chunk: Chunk, units: UnitChunk) -> Tensor:
         with user_autocast:
-            loss, c, _ = call_loss(loss_fn, chunk.rows, units, call, gradient=True)
+            loss, c, _ = call_loss(loss_fn, chunk.rows, units, call, gradient=True, own=own)
         chunk.differentiate(c)
         return loss
 
@@ -180,14 +123,15 @@ class _UnitSum(torch.autograd.Function):
         ref: Tensor | None,
         value: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        planned = PlannedCall(x, w, bias, y, layout.positions, call, plan)
+        planned = _planned(x, w, bias, y, layout, call, plan)
         sums = GradientSums(planned)
         total = run_steps(planned, layout, step, sums, ref, value)
         sums.complete()
         ctx.save_for_backward(x, w, bias, sums.dx, *sums.head_gradients(w, bias))
-        ctx.mark_non_differentiable(planned.rows)
+        rows = planned.results
+        ctx.mark_non_differentiable(rows)
         ctx.set_materialize_grads(False)
-        return total, planned.rows
+        return total.to(rows.dtype), rows
 
     @staticmethod
     def backward(ctx: Any, dtotal: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
@@ -215,9 +159,13 @@ def call_loss(
     call: Call,
     *,
     gradient: bool,
+    own: bool = True,
     logits: Tensor | None = None,
 ) -> tuple[Tensor, Coefficients, Tensor | None]:
     """Call the loss function on rows (LINES, R), which no graph holds, and differentiate it.
+
+    ``own``: it is a user's, who may look at anything and overwrite it. Ours take log-probs, and
+    entropies if those may be differentiated.
 
     Returns:
         The loss, 0-d; its gradients with respect to logp, lse and entropy, (R,) each; and to the
@@ -227,10 +175,18 @@ def call_loss(
         ValueError: It returned something else than a 0-d tensor, one without a graph, or one that
             depends on a tensor beside the rows that wants a gradient.
     """
-    taken = [lines.LOGP, lines.LSE, *([lines.ENTROPY] if call.linear.entropy_gradient else [])]
-    leaves = [rows[line].clone().requires_grad_(gradient) for line in taken]
-    stats = stats_of(rows, entropy=call.entropy)
-    stats = stats._replace(**dict(zip(TokenStats._fields, leaves, strict=False)))
+    taken = {"logps": lines.LOGP, "lse": lines.LSE, "entropy": lines.ENTROPY}
+    if not call.linear.entropy_gradient:
+        del taken["entropy"]
+    if not own:
+        del taken["lse"]
+    found = {name: rows[line].clone() if own else rows[line] for name, line in taken.items()}
+    named = {name: t.detach().requires_grad_(gradient) for name, t in found.items()}
+    # Whether the target is the largest is nothing that ours ask.
+    entropy = rows[lines.ENTROPY] if call.entropy else None
+    stats = TokenStats(rows[lines.LOGP], rows[lines.LSE], entropy, rows[lines.TOP1])
+    stats = (stats_of(rows, entropy=call.entropy) if own else stats)._replace(**named)
+    leaves = list(named.values())
     given = [] if logits is None else [logits.detach().requires_grad_(gradient)]
     # Frozen rows or not, what the function has captured may want a gradient.
     with torch.set_grad_enabled(gradient or torch.is_grad_enabled()):
@@ -239,18 +195,18 @@ def call_loss(
         got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
         raise ValueError(f"loss_fn must return a 0-d tensor, the sum over its units, got {got}")
     leaves += given
-    refuse_captured(_LOSS_FUNCTION, loss_fn, [loss], leaves)
-    if gradient:
-        refuse_detached(_LOSS_FUNCTION, loss)
-    found: list[Tensor | None] = [None] * len(leaves)
+    if own:
+        refuse_captured(_LOSS_FUNCTION, loss_fn, [loss], leaves)
+        if gradient:
+            refuse_detached(_LOSS_FUNCTION, loss)
+    slopes: list[Tensor | None] = [None] * len(leaves)
     if loss.requires_grad and gradient:
         with torch.autocast(loss.device.type, enabled=False):
-            found = list(torch.autograd.grad(loss, leaves, allow_unused=True))
-    dlogits = found.pop() if given else None
-    dlogp, dlse, *dentropy = found
-    dlogp = torch.zeros_like(leaves[0]) if dlogp is None else dlogp
-    c = Coefficients(dlogp, dlse, dentropy=dentropy[0] if dentropy else None)
-    return loss.detach(), c, dlogits
+            slopes = list(torch.autograd.grad(loss, leaves, allow_unused=True))
+    dlogits = slopes.pop() if given else None
+    of = dict(zip(named, slopes, strict=True))
+    dlogp = torch.zeros_like(leaves[0]) if of["logps"] is None else of["logps"]
+    return loss.detach(), Coefficients(dlogp, of.get("lse"), None, of.get("entropy")), dlogits
 
 
 class _KnownGradient(torch.autograd.Function):
@@ -267,12 +223,13 @@ class _KnownGradient(torch.autograd.Function):
         return dloss * drows, None, None
 
 
-def loss_of_rows(rows: Tensor, layout: UnitLayout, call: Call, loss_fn: UnitLoss) -> Tensor:
+def loss_of_rows(
+    rows: Tensor, layout: UnitLayout, call: Call, loss_fn: UnitLoss, *, own: bool
+) -> Tensor:
     """Call the loss function once on all units, from rows (LINES, N) that autograd tracks."""
     taken = rows.detach()[:, layout.positions]
-    units = UnitChunk(layout.positions, layout.ids, layout.unit_at)
     gradient = rows.requires_grad
-    loss, c, _ = call_loss(loss_fn, taken, units, call, gradient=gradient)
+    loss, c, _ = call_loss(loss_fn, taken, layout.whole, call, gradient=gradient, own=own)
     if not gradient:
         return loss
     drows = torch.zeros_like(rows)

@@ -11,10 +11,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fused_losses.backends import lines
+from fused_losses.backends import Weight, lines
 from fused_losses.engine.gradients import GradientSums
 from fused_losses.engine.planned import Place, PlannedCall
-from fused_losses.engine.rows import Coefficients, new_rows
+from fused_losses.engine.rows import Coefficients
 
 
 class Chunk:
@@ -36,7 +36,7 @@ class Chunk:
         self.y, self.x = planned.labels_and_hidden(at)
         self.z, self.dz = z, dz
         self.scale: Tensor | None = None
-        self.rows = new_rows(self.y, z.dtype)
+        self.rows = planned.new_rows(self.y)
         planned.head.logits(self.x, z)
 
     def row_pass(
@@ -44,15 +44,15 @@ class Chunk:
         *,
         ref: Tensor | None = None,
         value: Tensor | None = None,
-        weight: Tensor | None = None,
+        weight: Weight | None = None,
         top1: bool,
     ) -> None:
         """Fill ``rows``, and ``dz`` with exponentials or, given weights, the gradient.
 
-        ``ref``, ``value`` and ``weight`` are those of all rows of the call (N,).
+        ``ref`` and ``value`` are those of all rows of the call (N,), ``weight`` that of its own.
         """
         planned, call = self._planned, self._planned.call
-        ref, value, weight = (None if t is None else t[self.at] for t in (ref, value, weight))
+        ref, value = (None if t is None else t[self.at] for t in (ref, value))
         exponentials = planned.plan.exponentials
         weighted = weight is not None and not exponentials
         planned.backend.row_pass(
@@ -71,10 +71,14 @@ class Chunk:
             top1=top1,
             overwrite=weighted,
         )
-        # Rows of dropped tokens are zeros from the start.
-        planned.rows[:, self.at] = self.rows
-        if weight is not None and exponentials and call.objective is not None:
-            self.differentiate(call.objective.coefficients(weight, self.rows))
+        planned.put_rows(self.at, self.rows)
+        o = call.objective
+        if weight is None or o is None or not exponentials:
+            return
+        if o.z_loss or isinstance(weight, Tensor):
+            self.differentiate(o.coefficients(weight, self.rows))
+        else:
+            self._scale_by(self.rows[lines.DLOGP], -weight)
 
     def differentiate(self, c: Coefficients, out: Tensor | None = None) -> None:
         """Make ``scale * dz`` the gradient of the logits, from the coefficients of the rows (R,).
@@ -84,7 +88,7 @@ class Chunk:
         """
         planned, call = self._planned, self._planned.call
         if planned.plan.exponentials:
-            self.scale = self._scale_exponentials(c)
+            self._scale_exponentials(c)
             return
         planned.backend.row_gradient(
             self.z,
@@ -96,12 +100,11 @@ class Chunk:
             dz=self.dz if out is None else out,
         )
 
-    def _scale_exponentials(self, c: Coefficients) -> Tensor:
-        call = self._planned.call
-        maths = call.maths
-        alpha, s = -c.dlogp, self.rows[lines.SUM]
+    def _scale_exponentials(self, c: Coefficients) -> None:
+        maths, s = self._planned.call.maths, self.rows[lines.SUM]
+        alpha, sign = c.dlogp, -1.0
         if c.dlse is not None:
-            alpha = alpha + c.dlse
+            alpha, sign = c.dlse - c.dlogp, 1.0
             # The target's entry also carries dlse, divided by alpha; keep away from 0 / 0.
             least = 2.0**-20 * c.dlse.abs()
             alpha = torch.where(alpha.abs() < least, least, alpha)
@@ -113,8 +116,15 @@ class Chunk:
             at_y = torch.where(good, self.y, 0).to(torch.int64)[:, None]
             entry = self.dz.gather(1, at_y) + extra[:, None].to(self.dz.dtype)
             self.dz.scatter_(1, at_y, entry)
-        scale = alpha * maths.factor / s
-        return scale.masked_fill(self.y == call.ignore_index, 0.0)
+        self._scale_by(alpha, sign)
+
+    def _scale_by(self, alpha: Tensor, factor: float) -> None:
+        """Make ``factor * alpha`` (R,) of the rows the factor on their exponentials."""
+        planned = self._planned
+        scale = alpha * (factor * planned.call.maths.factor) / self.rows[lines.SUM]
+        if planned.masked:
+            scale = scale.masked_fill(self.y == planned.call.ignore_index, 0.0)
+        self.scale = scale
 
 
 def chunks_of(planned: PlannedCall) -> Iterator[Chunk]:
@@ -126,14 +136,9 @@ def chunks_of(planned: PlannedCall) -> Iterator[Chunk]:
 
 
 def add_chunk(sums: GradientSums, chunk: Chunk) -> None:
-    """Add what a chunk's ``scale * dz`` contributes."""
-    _add_dx(sums, chunk)
+    """Add what a chunk's ``scale * dz`` contributes; it may overwrite the chunk's ``x``."""
     sums.add_head(chunk.dz, chunk.x, chunk.scale)
-
-
-def _add_dx(sums: GradientSums, chunk: Chunk) -> None:
-    # On its own, so that its memory is free for what the head's gradient takes.
-    dx = sums.dx_of(chunk.at, chunk.x)
+    dx = sums.dx_of(chunk.at, chunk.x, overwrite=True)
     if dx is not None:
         sums.head.dx(chunk.dz, dx)
         if chunk.scale is not None:

@@ -5,17 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, get_args
 
-import torch
 from torch import Tensor
 
 from fused_losses.arguments import check_choice, check_max_weight, check_number
 from fused_losses.backends import Objective, lines
-from fused_losses.engine.unit_sum import UnitChunk
+from fused_losses.engine.units import UnitChunk
 from fused_losses.functional.observe import report_stats, statistics_wanted
 from fused_losses.functional.options import Level, Options, check_token_loss
 from fused_losses.functional.responses import Responses
 from fused_losses.functional.sources import Source
-from fused_losses.functional.tokens import Tokens, mean_factor
+from fused_losses.functional.tokens import Tokens, times
 from fused_losses.stats import TokenStats
 from fused_losses.token_losses import TokenLoss
 
@@ -101,8 +100,7 @@ def _tokens(
     if not o.loss.uses_reference:
         ref = value = None
     if options.reduction != "none":
-        factor = mean_factor(tokens.counted.sum(), options)
-        return source.loss_sum(tokens, o, ref, value, weight, factor, entropy=entropy)
+        return source.loss_sum(tokens, o, ref, value, weight, entropy=entropy)
     loss, rows = source.losses(tokens, o, ref, value, entropy=entropy)
     return tokens.restore(loss if weight is None else loss * weight.to(loss.dtype)), rows
 
@@ -122,32 +120,32 @@ def _sequences(
     if options.reduction == "none" and ids is not None:
         raise ValueError("reduction='none' is not taken with segment_ids; use 'mean' or 'sum'")
     responses = Responses.of(tokens, source.backend, ids)
-    value, present = responses.value(offset), responses.lengths()[:, 0] > 0
+    value = responses.value(offset)
     if not o.loss.uses_reference:
         ref = value = None
-    factor = mean_factor(present.sum(), options)
 
     def losses(logps: Tensor, units: UnitChunk | None) -> Tensor:
         ratio = responses.log_ratio_sums(logps, ref, units)[:, 0]
-        mine = value if value is None or units is None else value[units.ids]
+        mine = value if value is None or units is None else units.of_units(value)
         loss = _sequence_loss(ratio, None if mine is None else mine.to(ratio.dtype), o)
-        return loss if units is not None else torch.where(present, loss, 0.0)
+        return responses.where_counted(loss, units)
 
     def total(stats: TokenStats, units: UnitChunk | None) -> Tensor:
-        return losses(stats.logps, units).sum() * factor.to(stats.logps.dtype)
+        return times(losses(stats.logps, units).sum(), responses.factor(options, units))
 
     if options.reduction != "none" and (value is None or not value.requires_grad):
-        return source.unit_sum(tokens, responses.unit_of, total, entropy=entropy)
+        return source.unit_sum(tokens, responses.layout, total, entropy=entropy)
     # The offset's gradient and per-sequence results need autograd's own graph.
     rows = source.statistics(tokens, entropy=entropy, entropy_gradient=False)
     each = losses(rows[lines.LOGP], None)
     if options.reduction == "none":
         return each.view(tokens.shape[:-1]), rows
-    return each.sum() * factor.to(each.dtype), rows
+    return times(each.sum(), responses.factor(options, None)), rows
 
 
 def _sequence_loss(log_ratio: Tensor, value: Tensor | None, o: Objective) -> Tensor:
     """Equations (5) and (6) on summed log-ratios, any shape."""
-    r = o.beta * log_ratio if value is None else o.beta * log_ratio + value
-    phi, _ = o.loss.phi_and_weight(r, o.max_weight)
-    return ((0.0 if value is None else value) - phi) / o.beta
+    r = log_ratio if o.beta == 1.0 else o.beta * log_ratio
+    phi, _ = o.loss.phi_and_weight(r if value is None else r + value, o.max_weight)
+    loss = -phi if value is None else value - phi
+    return loss if o.beta == 1.0 else loss / o.beta

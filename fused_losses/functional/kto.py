@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fused_losses.arguments import warn_of_empty
 from fused_losses.backends import lines
-from fused_losses.engine.unit_sum import UnitChunk
+from fused_losses.engine.units import UnitChunk
 from fused_losses.functional.linear_source import open_source
 from fused_losses.functional.logits_source import LogitsSource
 from fused_losses.functional.observe import KTOStats, report_stats, statistics_wanted
@@ -22,7 +22,7 @@ from fused_losses.functional.options import (
 )
 from fused_losses.functional.responses import Responses
 from fused_losses.functional.sources import Source
-from fused_losses.functional.tokens import Tokens, check_device, check_reference, mean_factor
+from fused_losses.functional.tokens import Tokens, check_device, check_reference, times
 from fused_losses.preference.kto import KTOOptions, drift_of, kto_losses, parse_kto_options
 from fused_losses.stats import TokenStats
 
@@ -117,7 +117,6 @@ class _Batch:
 
     Attributes:
         responses: Whose they are.
-        lengths: (S,) counted tokens.
         ref: (N,) reference log-probs of the rows, or None.
         ref_sums: (S,) those of whole responses, where they came so, or None.
         desirable: (S,) bool.
@@ -126,7 +125,6 @@ class _Batch:
     """
 
     responses: Responses
-    lengths: Tensor
     ref: Tensor | None
     ref_sums: Tensor | None
     desirable: Tensor
@@ -138,15 +136,16 @@ class _Batch:
         sums = self.responses.log_ratio_sums(logps, self.ref, units)[:, 0]
         if self.ref_sums is None:
             return sums
-        return sums - (self.ref_sums if units is None else self.ref_sums[units.ids]).to(sums.dtype)
+        mine = self.ref_sums if units is None else units.of_units(self.ref_sums)
+        return sums - mine.to(sums.dtype)
 
     def losses(self, logps: Tensor, units: UnitChunk | None = None) -> Tensor:
         """Losses of the responses of a chunk, or of all, 0 for those without tokens."""
-        desirable = self.desirable if units is None else self.desirable[units.ids]
+        desirable = self.desirable if units is None else units.of_units(self.desirable)
         ratios = self.log_ratios(logps, units)
         kl = self.kl.to(ratios) if isinstance(self.kl, Tensor) else self.kl
         losses = kto_losses(ratios, desirable, kl, self.o)
-        return losses if units is not None else torch.where(self.lengths > 0, losses, 0.0)
+        return self.responses.where_counted(losses, units)
 
 
 def _run(
@@ -167,25 +166,25 @@ def _run(
             f"{tuple(tokens.shape)}; give one response as (1, T)"
         )
     responses = Responses.of(tokens, source.backend)
-    lengths = responses.lengths()[:, 0]
+    lengths = responses.lengths[:, 0]
     ref, ref_sums = _reference(ref_logps, tokens)
     if ref_sums is not None:
         # An empty response has log-ratio 0, whatever its reference.
         ref_sums = torch.where(lengths > 0, ref_sums, 0.0)
     flags, drift = _flags(desirable, tokens), drift_of(kl, tokens.y)
-    batch = _Batch(responses, lengths, ref, ref_sums, flags, drift, o)
+    batch = _Batch(responses, ref, ref_sums, flags, drift, o)
     warn_of_empty("target", lengths, "they add nothing, and no mean counts them")
     entropy = statistics_wanted()
     if options.reduction == "none":
         rows = source.statistics(tokens, entropy=entropy, entropy_gradient=False)
         loss = batch.losses(rows[lines.LOGP]).view(tokens.shape[:-1])
     else:
-        factor = mean_factor((lengths > 0).sum(), options)
 
         def total(stats: TokenStats, units: UnitChunk | None) -> Tensor:
-            return batch.losses(stats.logps, units).sum() * factor.to(stats.logps.dtype)
+            losses = batch.losses(stats.logps, units)
+            return times(losses.sum(), responses.factor(options, units))
 
-        loss, rows = source.unit_sum(tokens, responses.unit_of, total, entropy=entropy)
+        loss, rows = source.unit_sum(tokens, responses.layout, total, entropy=entropy)
     report_stats(lambda: _stats(rows.detach(), batch))
     return loss
 

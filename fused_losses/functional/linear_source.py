@@ -4,29 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from operator import sub
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import fused_losses.engine.flop_formulas  # noqa: F401  (registers them)
-from fused_losses.arguments import is_dtensor
-from fused_losses.backends import Objective, resolve_backend
+from fused_losses.arguments import has_data, is_dtensor
+from fused_losses.backends import Objective, lines, resolve_backend
 from fused_losses.chunk_bytes import tile_bytes, workspace_budget
 from fused_losses.engine.call import Call, HeadOptions, Needs
 from fused_losses.engine.linear_rows import linear_rows
 from fused_losses.engine.linear_sum import linear_loss_sum
 from fused_losses.engine.logits_step import LogitsLoss, step_of_logits
 from fused_losses.engine.main_grad import through_main_grad
+from fused_losses.engine.planned import counted_positions
 from fused_losses.engine.rows import stats_of
 from fused_losses.engine.sharded_rows import IGNORED, VocabularyShard
-from fused_losses.engine.unit_sum import (
-    UnitLayout,
-    UnitLoss,
-    loss_of_rows,
-    step_of_log_probs,
-    unit_sum,
-)
+from fused_losses.engine.unit_sum import UnitLoss, loss_of_rows, step_of_log_probs, unit_sum
+from fused_losses.engine.units import UnitLayout
 from fused_losses.functional.head import check_head, compute_dtype
 from fused_losses.functional.observe import report_plan
 from fused_losses.functional.options import Options, parse_options, split_linear
@@ -38,7 +35,7 @@ from fused_losses.functional.sharded import (
     unwrap,
 )
 from fused_losses.functional.sources import lays_out_units, wants_gradient
-from fused_losses.functional.tokens import Tokens
+from fused_losses.functional.tokens import Tokens, known_divisor, mean_factor
 from fused_losses.plan import (
     LinearShape,
     Plan,
@@ -142,15 +139,18 @@ class LinearSource:
         ref: Tensor | None,
         value: Tensor | None,
         token_weight: Tensor | None,
-        factor: Tensor,
         *,
         entropy: bool,
     ) -> tuple[Tensor, Tensor]:
         """See :class:`Source`."""
         call = self.call(o, entropy=entropy)
         self._explain(tokens, call, known=True)
+        divisor, factor = known_divisor(self.options), None
+        if divisor is None or self.head.deferred:
+            divisor = 1.0
+            factor = mean_factor(tokens.counted.sum(dtype=torch.float64), self.options)
         encoded, changing = call.encode()
-        total, rows, *_ = linear_loss_sum(
+        total, found = linear_loss_sum(
             self.x,
             self.weight,
             self.bias,
@@ -161,17 +161,19 @@ class LinearSource:
             factor,
             changing,
             encoded,
+            divisor,
         )
-        return total, rows
+        return total, found[-1] if entropy else total.new_empty((lines.LINES, 0))
 
     def unit_sum(
         self,
         tokens: Tokens,
-        unit_of: Tensor | None,
+        lay_out: Callable[[], UnitLayout],
         loss_fn: UnitLoss,
         *,
         entropy: bool,
         entropy_gradient: bool = False,
+        own: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """See :class:`Source`.
 
@@ -183,21 +185,21 @@ class LinearSource:
         if not lays_out_units(tokens):
             _, rows = self._rows(tokens, call, None, None)
             return loss_fn(stats_of(rows, entropy=entropy), None), rows
-        layout = UnitLayout.of(tokens.y, unit_of, tokens.ignore_index)
+        layout = lay_out()
         trained = shape.need_gradient and not shape.head_is_frozen
-        plan = plan_units(layout.sizes, shape, self.head.budget) if trained else None
+        plan = plan_units(layout.ends, shape, self.head.budget) if trained else None
         if plan is not None:
             report_plan(lambda: self._with_exchange(plan, call, top1=True))
             operands = (self.x, self.weight, self.bias, tokens.y)
-            step = step_of_log_probs(loss_fn, call, self.input.device.type)
+            step = step_of_log_probs(loss_fn, call, self.input.device.type, own=own)
             return unit_sum(*operands, layout, call, plan, step)
-        _, rows = self._rows(tokens, call, None, None)
-        return loss_of_rows(rows, layout, call, loss_fn), rows
+        _, rows = self._rows(tokens, call, None, None, layout.positions)
+        return loss_of_rows(rows, layout, call, loss_fn, own=own), rows
 
     def logits_sum(
         self,
         tokens: Tokens,
-        unit_of: Tensor | None,
+        lay_out: Callable[[], UnitLayout],
         loss_fn: LogitsLoss,
         *,
         entropy: bool,
@@ -211,7 +213,7 @@ class LinearSource:
         """
         call = self.call(None, entropy=entropy, entropy_gradient=entropy_gradient)
         shape = replace(call.shape(self.input, self.weight), whole_logits=True)
-        layout = UnitLayout.of(tokens.y, unit_of, tokens.ignore_index)
+        layout = lay_out()
         plan = self.plan_whole_rows(layout, shape)
         report_plan(lambda: plan)
         step = step_of_logits(loss_fn, call, self.input.device.type, gradient=shape.need_gradient)
@@ -227,9 +229,9 @@ class LinearSource:
         refuse_shared(self.shard, "linear_loss with logits=True")
         budget = self.head.budget
         check_budget(["unit"], shape, budget)
-        plan = plan_units(layout.sizes, shape, budget)
+        plan = plan_units(layout.ends, shape, budget)
         if plan is None:
-            largest = max(layout.sizes)
+            largest = max(map(sub, layout.ends, [0, *layout.ends]))
             needed = tile_bytes(largest, shape.vocabulary, "unit", shape)
             raise ValueError(
                 "with logits=True a chunk holds the logits of whole units, and a unit of "
@@ -257,15 +259,28 @@ class LinearSource:
         )
 
     def _rows(
-        self, tokens: Tokens, call: Call, ref: Tensor | None, value: Tensor | None
+        self,
+        tokens: Tokens,
+        call: Call,
+        ref: Tensor | None,
+        value: Tensor | None,
+        positions: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
+        """Return losses and row results; ``positions`` of counted rows, if they are known."""
         self._explain(tokens, call, known=False)
         shape = call.shape(self.input, self.weight)
         # Backward must not be the first to object.
         check_budget(routes_for(shape, known=False), shape, self.head.budget)
         encoded, changing = call.encode()
         operands = (self.x, self.weight, self.bias, tokens.y)
-        loss, rows, _ = linear_rows(*operands, ref, value, changing, encoded)
+        counted = -1
+        if positions is not None:
+            counted = positions.numel()
+            positions = None if counted == tokens.y.numel() else positions
+        elif not torch.compiler.is_compiling() and has_data(tokens.y):
+            # Here, not inside: backward need not wait for it again.
+            positions, counted = counted_positions(tokens.y, tokens.ignore_index)
+        loss, rows, _ = linear_rows(*operands, ref, value, changing, encoded, positions, counted)
         return loss, rows
 
     def _explain(self, tokens: Tokens, call: Call, *, known: bool) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fused_losses.arguments import check_flag, refuse_unserved
@@ -14,11 +16,12 @@ from fused_losses.engine.logits_rows import logits_rows
 from fused_losses.engine.rows import stats_of
 from fused_losses.engine.sharded_rows import IGNORED, VocabularyShard
 from fused_losses.engine.unit_sum import UnitLoss
+from fused_losses.engine.units import UnitLayout
 from fused_losses.functional.observe import report_plan
 from fused_losses.functional.options import Options
 from fused_losses.functional.sharded import open_logits, shared_plan, shared_tokens, unwrap
 from fused_losses.functional.sources import wants_gradient
-from fused_losses.functional.tokens import Tokens, check_float
+from fused_losses.functional.tokens import Tokens, check_float, mean_factor
 from fused_losses.plan import Plan, plan_logits
 
 
@@ -85,7 +88,6 @@ class LogitsSource:
         ref: Tensor | None,
         value: Tensor | None,
         token_weight: Tensor | None,
-        factor: Tensor,
         *,
         entropy: bool,
     ) -> tuple[Tensor, Tensor]:
@@ -93,16 +95,18 @@ class LogitsSource:
         loss, rows = self._rows(tokens, o, ref, value, entropy)
         if token_weight is not None:
             loss = loss * token_weight.to(loss.dtype)
+        factor = mean_factor(tokens.counted.sum(dtype=torch.float64), self.options)
         return loss.sum() * factor.to(loss.dtype), rows
 
     def unit_sum(
         self,
         tokens: Tokens,
-        unit_of: Tensor | None,
+        lay_out: Callable[[], UnitLayout],
         loss_fn: UnitLoss,
         *,
         entropy: bool,
         entropy_gradient: bool = False,
+        own: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """See :class:`Source`; the loss is autograd's own function of all rows."""
         rows = self.statistics(tokens, entropy=entropy)

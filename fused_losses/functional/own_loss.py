@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Unpack
 
 from torch import Tensor
 
 from fused_losses.arguments import check_flag, expand_units
 from fused_losses.backends import lines
-from fused_losses.engine.unit_sum import UnitChunk
+from fused_losses.engine.units import UnitChunk, UnitLayout
 from fused_losses.functional.linear_source import open_source
 from fused_losses.functional.observe import report_stats, statistics_wanted
 from fused_losses.functional.options import SharedLinearOptions, refuse_loss_options
@@ -86,9 +87,10 @@ def linear_loss(
     refuse_loss_options(options, "by linear_loss, whose loss_fn does the reduction")
     check_flag("entropy", entropy)
     tokens = source.tokens(target)
-    unit_of = None
+    lay_out = partial(UnitLayout.of_tokens, tokens.y, tokens.ignore_index)
     if units is not None:
         unit_of = tokens.flat("units", expand_units(units, tokens.shape))
+        lay_out = partial(UnitLayout.of_ids, tokens.y, unit_of, tokens.ignore_index)
     if not lays_out_units(tokens):
         # The result is 0-d whatever loss_fn is; how many tokens it would get is data.
         return source.statistics(tokens, entropy=entropy)[lines.LOGP].sum()
@@ -100,8 +102,8 @@ def linear_loss(
         # With shift, the row at t scores the label at t + 1 of the same sequence.
         return call_on_stats(loss_fn, asked, positions + options.shift, *given)
 
-    run = source.logits_sum if logits else source.unit_sum
-    loss, rows = run(tokens, unit_of, call, entropy=entropy or watched, entropy_gradient=entropy)
+    run = source.logits_sum if logits else partial(source.unit_sum, own=True)
+    loss, rows = run(tokens, lay_out, call, entropy=entropy or watched, entropy_gradient=entropy)
     report_stats(lambda: tokens.stats(rows, entropy=entropy or watched))
     return loss
 

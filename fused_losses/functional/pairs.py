@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from fused_losses.arguments import check_num_items, check_number, plain, warn_of_empty
 from fused_losses.backends import lines
-from fused_losses.engine.unit_sum import UnitChunk
+from fused_losses.engine.units import UnitChunk, UnitLayout
 from fused_losses.functional.observe import PairStats, report_stats, statistics_wanted
 from fused_losses.functional.options import Options
 from fused_losses.functional.responses import Responses
@@ -20,6 +21,7 @@ from fused_losses.functional.tokens import (
     check_device,
     check_reference,
     mean_factor,
+    times,
 )
 from fused_losses.preference import (
     PairOptions,
@@ -51,14 +53,12 @@ class _Batch:
 
     Attributes:
         responses: Both sides of each pair; what is per response is (B, 2), chosen and rejected.
-        lengths: (B, 2) counted tokens.
         ref: (N,) reference log-probs of the rows, or None.
         ref_sums: (B, 2) those of whole responses, where they came so, or None.
         o: Options of the pair loss.
     """
 
     responses: Responses
-    lengths: Tensor
     ref: Tensor | None
     ref_sums: Tensor | None
     o: PairOptions
@@ -78,18 +78,17 @@ class _Batch:
             )
         if len(tokens.shape) > 2:
             raise ValueError(f"target must be (2B, T), got {tuple(tokens.shape)}")
-        responses = replace(Responses.of(tokens, backend), sides=2)
+        responses = Responses.of(tokens, backend, sides=2)
         ref, ref_sums = _reference(ref_logps, tokens)
-        lengths = responses.lengths()
         if ref_sums is not None:
             # An empty response has log-ratio 0, whatever its reference.
-            ref_sums = torch.where(lengths > 0, ref_sums, 0.0)
-        return _Batch(responses, lengths, ref, ref_sums, o)
+            ref_sums = torch.where(responses.lengths > 0, ref_sums, 0.0)
+        return _Batch(responses, ref, ref_sums, o)
 
     @property
     def present(self) -> Tensor:
         """(B,): pairs with a counted token; another one has no loss, and no mean counts it."""
-        return self.lengths.any(1)
+        return self.responses.lengths.any(1)
 
     @property
     def whole(self) -> bool:
@@ -99,9 +98,13 @@ class _Batch:
     def pairs(self, logps: Tensor, units: UnitChunk | None = None) -> Pairs:
         """Return the pairs of a chunk, or all, from log-probs as ``Responses.sums`` takes them."""
         sums = self.responses.log_ratio_sums(logps, self.ref, units)
-        lengths, given = self.lengths, self.ref_sums
+        lengths, given = self.responses.lengths, self.ref_sums
+        empty = units is None or units.has_empty
+        present = self.present if empty else None
         if units is not None:
-            lengths, given = lengths[units.ids], None if given is None else given[units.ids]
+            lengths = units.of_units(lengths)
+            given = None if given is None else units.of_units(given)
+            present = None if present is None else units.of_units(present)
         if given is not None:
             sums = sums - given.to(sums.dtype)
         chosen, rejected = sums.unbind(1)
@@ -113,14 +116,13 @@ class _Batch:
             chosen_lengths,
             rejected_lengths,
             reference_margin=self._reference_margin() if self.whole else None,
-            present=self.present if units is None else None,
+            present=present,
         )
 
     def _reference_margin(self) -> Tensor | None:
         sums = self.ref_sums
         if self.ref is not None:
-            counted = self.responses.tokens.counted
-            sums = self.responses.sums(torch.where(counted, self.ref, 0.0))
+            sums = self.responses.sums(torch.where(self.responses.counted, self.ref, 0.0))
         return None if sums is None else sums[:, 0] - sums[:, 1]
 
 
@@ -138,21 +140,22 @@ def run_dpo(
     refuse_reference(o.loss_type, "ref_logps", ref_logps)
     tokens = source.tokens(target)
     batch = _Batch.of(tokens, source.backend, ref_logps, o)
-    warn_of_empty("target", batch.lengths.t(), "their log-prob is taken as 0")
-    factor = mean_factor(batch.present.sum(), options)
-    sft_factor = _sft_factor(sft, batch, factor, options)
+    responses = batch.responses
+    warn_of_empty("target", responses.lengths.t(), "their log-prob is taken as 0")
+    sft_factor = _sft_factor(sft, batch, options)
     entropy = statistics_wanted()
 
     def total(stats: TokenStats, units: UnitChunk | None) -> Tensor:
         logps = stats.logps
+        factor = responses.factor(options, None if batch.whole else units)
         if batch.whole and units is not None:
             # One unit holds all pairs, but of their tokens only those that count.
             logps = logps.new_zeros(tokens.y.shape).index_copy(0, units.positions, logps)
             units = None
-        loss = score(batch.pairs(logps, units)).sum() * factor.to(logps.dtype)
+        loss = times(score(batch.pairs(logps, units)).sum(), factor)
         if sft_factor is None:
             return loss
-        chosen = batch.responses.sums(logps, units)[:, 0]
+        chosen = responses.sums(logps, units)[:, 0]
         return loss - chosen.sum() * sft_factor.to(loss.dtype)
 
     if options.reduction == "none":
@@ -160,9 +163,9 @@ def run_dpo(
         loss = score(batch.pairs(rows[lines.LOGP]))
     else:
         # Both responses of a pair are in one chunk: the pair is the unit, or the whole batch is.
-        unit_of = batch.responses.unit_of
-        unit_of = torch.zeros_like(unit_of) if batch.whole else unit_of
-        loss, rows = source.unit_sum(tokens, unit_of, total, entropy=entropy)
+        one = partial(UnitLayout.of_one, tokens.y, tokens.ignore_index)
+        lay_out = one if batch.whole else responses.layout
+        loss, rows = source.unit_sum(tokens, lay_out, total, entropy=entropy)
     report_stats(lambda: _stats(rows.detach(), batch))
     return loss
 
@@ -178,15 +181,16 @@ def _checked(sft: SFTTerm, options: Options) -> SFTTerm:
     return SFTTerm(weight, plain(sft.num_items))
 
 
-def _sft_factor(sft: SFTTerm, batch: _Batch, factor: Tensor, options: Options) -> Tensor | None:
+def _sft_factor(sft: SFTTerm, batch: _Batch, options: Options) -> Tensor | None:
     """Return what the summed negative log-likelihood is multiplied by; None: there is no term."""
     if sft.weight == 0.0:
         return None
-    tokens = batch.lengths[:, 0].sum()
+    tokens = batch.responses.lengths[:, 0].sum()
     found = sft.weight * mean_factor(tokens, replace(options, num_items=sft.num_items))
     if options.num_items is not None and sft.num_items is None:
         # Of an accumulated batch this one is so large a part.
-        found = found * batch.present.sum() * factor
+        pairs = batch.present.sum()
+        found = found * pairs * mean_factor(pairs, options)
     return found
 
 

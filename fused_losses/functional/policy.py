@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fused_losses.arguments import warn_of_empty
 from fused_losses.engine.rows import stats_of
-from fused_losses.engine.unit_sum import UnitChunk
+from fused_losses.engine.units import UnitChunk
 from fused_losses.functional.linear_source import open_source
 from fused_losses.functional.observe import PolicyStats, report_stats, statistics_wanted
 from fused_losses.functional.options import Options, SharedLinearOptions
@@ -29,6 +29,7 @@ from fused_losses.policy import (
     token_losses,
 )
 from fused_losses.policy.loss import EMPTY, check_logps, check_operands, expand_advantages
+from fused_losses.policy.options import Count
 from fused_losses.stats import TokenStats
 
 
@@ -120,7 +121,7 @@ class _Batch:
     Attributes:
         responses: The sequences.
         lengths: (S,) counted tokens.
-        data: What else is per token, (N,) by name, 0 where nothing counts.
+        data: What else is per token, (N,) by name; never read where nothing counts.
         o: Options of the loss.
     """
 
@@ -150,21 +151,26 @@ class _Batch:
             if t is not None:
                 check_logps(name, t, labels, "target")
                 given[name] = t.detach()
-        data = {
-            name: torch.where(tokens.counted, tokens.flat(name, t), 0.0)
-            for name, t in given.items()
-        }
         responses = Responses.of(tokens, backend)
-        return _Batch(responses, responses.lengths()[:, 0], data, o)
+        data = {name: tokens.flat(name, t) for name, t in given.items()}
+        return _Batch(responses, responses.lengths[:, 0], data, o)
+
+    def counts(self, units: UnitChunk | None) -> tuple[Count, Count]:
+        """Counted tokens of the batch, and sequences that have one; numbers, if they are known."""
+        if units is None:
+            return self.lengths.sum().double(), (self.lengths > 0).sum().double()
+        return float(units.layout.positions.numel()), float(units.layout.present)
 
     def rollouts(self, stats: TokenStats, units: UnitChunk | None) -> Rollouts:
         """Return the sequences of a chunk, or all, from the statistics of their tokens."""
         logps, sequences, lengths = stats.logps, self.responses, self.lengths
-        of_token, data = sequences.of_row, self.data
-        counted: Tensor | None = sequences.tokens.counted
-        if units is not None:
-            of_token = units.unit_at
-            lengths, counted = lengths[units.ids], None
+        data, counted = self.data, None
+        if units is None:
+            of_token, counted = sequences.of_row, sequences.counted
+            data = {name: torch.where(counted, t, 0.0) for name, t in data.items()}
+        else:
+            of_token = units.segments().of_token
+            lengths = units.of_units(lengths)
             data = {name: t[units.positions] for name, t in data.items()}
         data = {name: t.to(logps.dtype) for name, t in data.items()}
         return Rollouts(
@@ -202,13 +208,14 @@ def _run(
         each = token_losses(batch.rollouts(stats_of(rows, entropy=entropy), None))
         loss = tokens.restore(each)
     else:
-        factors = policy_factors(o, batch.lengths, options.reduction, options.num_items)
 
         def total(stats: TokenStats, units: UnitChunk | None) -> Tensor:
+            counts = batch.counts(units)
+            factors = policy_factors(o, *counts, options.reduction, options.num_items)
             return policy_total(batch.rollouts(stats, units), factors)
 
         loss, rows = source.unit_sum(
-            tokens, batch.responses.unit_of, total, entropy=entropy, entropy_gradient=explores
+            tokens, batch.responses.layout, total, entropy=entropy, entropy_gradient=explores
         )
     report_stats(lambda: _stats(rows.detach(), batch))
     return loss

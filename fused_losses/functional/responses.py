@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused_losses.engine.segment_sum import segment_sum
-from fused_losses.engine.unit_sum import UnitChunk
-from fused_losses.functional.tokens import Tokens, expand
+from fused_losses.engine.units import UnitChunk, UnitLayout
+from fused_losses.functional.options import Options
+from fused_losses.functional.tokens import Tokens, expand, factor_of
 
 
 @dataclass(frozen=True)
@@ -20,21 +21,27 @@ class Responses:
     Attributes:
         tokens: The rows.
         backend: Resolved name of the backend, which sums.
-        of_row: (N,) response of each row, in [0, count).
+        counted: (N,) bool: rows whose label counts.
+        lengths: (units, sides) counted tokens of each response.
         count: Responses; an upper bound where segments are packed, whose number is data.
         sides: Responses of a unit, ``count // sides`` apart: 2 for pairs, else 1.
+        segment_of: (N,) response of each row, in [0, count); None: the rows of the target.
         order: (N,) rows sorted by response, None if they are.
     """
 
     tokens: Tokens
     backend: str
-    of_row: Tensor
+    counted: Tensor
+    lengths: Tensor
     count: int
     sides: int = 1
+    segment_of: Tensor | None = None
     order: Tensor | None = None
 
     @staticmethod
-    def of(tokens: Tokens, backend: str, segment_ids: Tensor | None = None) -> Responses:
+    def of(
+        tokens: Tokens, backend: str, segment_ids: Tensor | None = None, *, sides: int = 1
+    ) -> Responses:
         """Each row of a (B, T) target is a response, or each segment inside a row.
 
         ``segment_ids`` are per row of the logits (N,), and local to a row of the target.
@@ -42,15 +49,17 @@ class Responses:
         Raises:
             ValueError: A 1-D target without segment_ids.
         """
-        T = tokens.shape[-1] if len(tokens.shape) else 1
-        row = torch.arange(tokens.y.numel(), device=tokens.y.device) // max(T, 1)
+        counted = tokens.counted
         if segment_ids is None:
             if len(tokens.shape) < 2:
                 raise ValueError(
                     "level='sequence' takes the rows of a (B, T) target as sequences; a target of "
                     f"shape {tuple(tokens.shape)} needs segment_ids"
                 )
-            return Responses(tokens, backend, row, tokens.shape[:-1].numel())
+            count = tokens.shape[:-1].numel()
+            lengths = counted.view(count, tokens.shape[-1]).sum(1).view(sides, count // sides).t()
+            return Responses(tokens, backend, counted, lengths, count, sides)
+        row = _rows_of(tokens)
         # Sorted by row and id, a segment is a run: no count is needed.
         by_id = torch.argsort(segment_ids, stable=True)
         order = by_id[torch.argsort(row[by_id], stable=True)]
@@ -59,7 +68,9 @@ class Responses:
         starts[1:] = ((ids[1:] != ids[:-1]) | (row[1:] != row[:-1])).to(row.dtype)
         run = starts.cumsum(0) - 1
         of_row = torch.empty_like(run).scatter_(0, order, run)
-        return Responses(tokens, backend, of_row, of_row.numel(), order=order)
+        count = of_row.numel()
+        lengths = segment_sum(counted[order].double(), run, count, backend).to(torch.int64)[:, None]
+        return Responses(tokens, backend, counted, lengths, count, segment_of=of_row, order=order)
 
     @property
     def units(self) -> int:
@@ -67,9 +78,16 @@ class Responses:
         return self.count // self.sides
 
     @property
-    def unit_of(self) -> Tensor:
-        """(N,) unit of each row."""
-        return self.of_row if self.sides == 1 else self.of_row % max(self.units, 1)
+    def of_row(self) -> Tensor:
+        """(N,) response of each row, in [0, count)."""
+        return _rows_of(self.tokens) if self.segment_of is None else self.segment_of
+
+    def layout(self) -> UnitLayout:
+        """Lay the units out for chunks."""
+        if self.segment_of is not None:
+            return UnitLayout.of_ids(self.tokens.y, self.segment_of, self.tokens.ignore_index)
+        shape = (self.sides, self.units, self.tokens.shape[-1])
+        return UnitLayout.of_rows(self.counted.view(shape), self.lengths)
 
     def value(self, offset: Tensor | None) -> Tensor | None:
         """Expand a checked offset to the responses: (count,).
@@ -91,13 +109,17 @@ class Responses:
             )
         return F.pad(offset, (0, self.count - offset.numel()))
 
-    def lengths(self) -> Tensor:
-        """Counted tokens of each response, (units, sides)."""
-        counted = self.tokens.counted
-        if self.order is not None:
-            return self.sums(counted.double()).to(torch.int64)
-        per_row = counted.view(self.count, self.tokens.shape[-1]).sum(1)
-        return per_row.view(self.sides, self.units).t()
+    def where_counted(self, per_unit: Tensor, units: UnitChunk | None) -> Tensor:
+        """Put 0 for units of a chunk, or all, that have no counted token."""
+        if units is not None and not units.has_empty:
+            return per_unit
+        present = (self.lengths > 0).any(1)
+        return torch.where(present if units is None else units.of_units(present), per_unit, 0.0)
+
+    def factor(self, options: Options, units: UnitChunk | None) -> Tensor | float:
+        """Return what the sum over all units is multiplied by; a chunk of some knows how many."""
+        known = None if units is None else units.layout.present
+        return factor_of(options, lambda: (self.lengths > 0).any(1).sum(), known)
 
     def log_ratio_sums(
         self, logps: Tensor, ref: Tensor | None, units: UnitChunk | None = None
@@ -113,8 +135,7 @@ class Responses:
             (units, sides).
         """
         if ref is not None:
-            counted = self.tokens.counted
-            mine = torch.where(counted, ref, 0.0) if units is None else ref[units.positions]
+            mine = torch.where(self.counted, ref, 0.0) if units is None else ref[units.positions]
             logps = logps - mine.to(logps.dtype)
         return self.sums(logps, units)
 
@@ -126,10 +147,10 @@ class Responses:
                 x, of_row = x[self.order], of_row[self.order]
             sums = segment_sum(x, of_row, self.count, self.backend)
             return sums.view(self.sides, self.units).t()
-        # A chunk's tokens come unit after unit, and in a unit side after side.
-        local = units.unit_at
-        if self.sides > 1:
-            side = self.of_row[units.positions] // max(self.units, 1)
-            local = self.sides * local + side
-        count = self.sides * units.ids.numel()
-        return segment_sum(x, local, count, self.backend).view(-1, self.sides)
+        return units.sums(x, self.backend)
+
+
+def _rows_of(tokens: Tokens) -> Tensor:
+    """(N,) row of the target of each of its positions."""
+    T = tokens.shape[-1] if len(tokens.shape) else 1
+    return torch.arange(tokens.y.numel(), device=tokens.y.device) // max(T, 1)

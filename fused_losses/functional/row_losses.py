@@ -13,7 +13,8 @@ from fused_losses.backends import lines
 from fused_losses.cost import LinearShape
 from fused_losses.engine.call import Call, Needs
 from fused_losses.engine.logits_each import MakeStep, logits_each
-from fused_losses.engine.unit_sum import UnitLayout, unit_sum
+from fused_losses.engine.unit_sum import unit_sum
+from fused_losses.engine.units import UnitLayout
 from fused_losses.functional.linear_source import LinearSource
 from fused_losses.functional.observe import Stats, report_plan, report_stats
 from fused_losses.functional.options import Options
@@ -59,7 +60,7 @@ def token_losses_of_rows(
     report_stats(lambda: (stats or tokens_only)(rows))
     if options.reduction == "none":
         return reduced(each, weight, tokens, options)
-    return each * mean_factor(tokens.counted.sum(), options).to(each.dtype)
+    return each * mean_factor(tokens.counted.sum(dtype=torch.float64), options).to(each.dtype)
 
 
 def _run(
@@ -73,7 +74,7 @@ def _run(
     more: dict[str, Any],
 ) -> tuple[Tensor, Tensor]:
     """Return the weighted sum of the losses or, unreduced, each (N,); and row results."""
-    layout = UnitLayout.of(tokens.y, None, tokens.ignore_index)
+    layout = UnitLayout.of_tokens(tokens.y, tokens.ignore_index)
     operands = (source.x, source.weight, source.bias, tokens.y, layout, call)
 
     def shape(needs: Needs | None) -> LinearShape:
@@ -106,4 +107,4 @@ def reduced(each: Tensor, weight: Tensor | None, tokens: Tokens, options: Option
         each = each * weight.to(each.dtype)
     if options.reduction == "none":
         return tokens.restore(each)
-    return each.sum() * mean_factor(tokens.counted.sum(), options).to(each.dtype)
+    return each.sum() * mean_factor(tokens.counted.sum(dtype=torch.float64), options).to(each.dtype)

@@ -11,6 +11,7 @@ from torch import Tensor
 from fused_losses.arguments import has_data
 from fused_losses.backends import Objective
 from fused_losses.engine.unit_sum import UnitLoss
+from fused_losses.engine.units import UnitLayout
 from fused_losses.functional.observe import report_plan
 from fused_losses.functional.tokens import Tokens
 from fused_losses.plan import Plan
@@ -55,26 +56,29 @@ class Source(Protocol):
         ref: Tensor | None,
         value: Tensor | None,
         token_weight: Tensor | None,
-        factor: Tensor,
         *,
         entropy: bool,
     ) -> tuple[Tensor, Tensor]:
-        """Return ``factor * sum(token_weight * loss)``, differentiable, and row results."""
+        """Return the reduced ``token_weight * loss``, differentiable, and row results.
+
+        Row results may be missing, (LINES, 0), where nobody asked for the entropy.
+        """
 
     def unit_sum(
         self,
         tokens: Tokens,
-        unit_of: Tensor | None,
+        lay_out: Callable[[], UnitLayout],
         loss_fn: UnitLoss,
         *,
         entropy: bool,
         entropy_gradient: bool = False,
+        own: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Return the sum of ``loss_fn`` over all units, differentiable, and row results.
 
-        ``unit_of`` is the unit of each token; None: each is its own. ``loss_fn`` gets the tokens of
-        some whole units, or all tokens and None where a source or a compiler takes them as they
-        come. ``entropy_gradient`` says that it differentiates the entropy, which takes more.
+        ``lay_out`` makes the units. ``loss_fn`` gets the tokens of some whole units, or all tokens
+        and None where a source or a compiler takes them as they come. ``entropy_gradient`` says
+        that it differentiates the entropy, which takes more; ``own`` that it is a user's.
         """
 
     def statistics(self, tokens: Tokens, *, entropy: bool, entropy_gradient: bool = True) -> Tensor:

@@ -10,7 +10,8 @@ from torch import Tensor
 from fused_losses.arguments import check_number, refuse_gradient, refuse_unserved
 from fused_losses.divergences import DivergenceName
 from fused_losses.engine.logits_step import step_of_logits
-from fused_losses.engine.unit_sum import Step, UnitChunk
+from fused_losses.engine.unit_sum import Step
+from fused_losses.engine.units import UnitChunk
 from fused_losses.functional.linear_source import LinearSource, open_source
 from fused_losses.functional.observe import statistics_wanted
 from fused_losses.functional.options import Options, SharedLinearOptions

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -206,13 +208,49 @@ def mean_factor(count: Tensor, options: Options) -> Tensor:
         divisor = options.num_items.detach().to(count.device, non_blocking=True)
     else:
         divisor = as_tensor(options.num_items, count.device)
-    divisor = divisor.double()
-    return torch.where(divisor == 0.0, 0.0, divisor.reciprocal())
+    inverse = divisor.double().reciprocal()
+    return inverse.nan_to_num(nan=torch.nan, posinf=0.0, neginf=0.0)
+
+
+def known_divisor(options: Options) -> float | None:
+    """Return what a sum is divided by, if that is a number: 0.0 is the batch's own count.
+
+    None where a tensor says it, or a number that a compiler takes as one.
+    """
+    if options.reduction == "sum":
+        return 1.0
+    if options.num_items is None:
+        return 0.0
+    if isinstance(options.num_items, Tensor) or torch.compiler.is_compiling():
+        return None
+    return float(options.num_items) or math.inf
+
+
+def factor_of(options: Options, count: Callable[[], Tensor], known: int | None) -> Tensor | float:
+    """Return what a sum is multiplied by, as a number where that is known.
+
+    Args:
+        options: The common options.
+        count: Makes the number of counted items, 0-d.
+        known: That number, if it is on the host.
+    """
+    divisor = known_divisor(options)
+    if divisor is None or (divisor == 0.0 and known is None):
+        return mean_factor(count(), options)
+    return 1.0 / (divisor or known or math.inf)
+
+
+def times(t: Tensor, factor: Tensor | float) -> Tensor:
+    """Multiply by a factor, in t's dtype."""
+    return t * (factor.to(t.dtype) if isinstance(factor, Tensor) else factor)
 
 
 def _check_labels(target: Tensor, vocabulary: int, options: Options) -> None:
-    bad = ((target < 0) | (target >= vocabulary)) & (target != options.ignore_index)
-    if has_data(bad) and bad.any():
+    if not target.numel() or not has_data(target):
+        return
+    counted = target.masked_fill(target == options.ignore_index, 0)
+    if not torch.equal(counted, counted.clamp(0, vocabulary - 1)):
+        bad = ((target < 0) | (target >= vocabulary)) & (target != options.ignore_index)
         position = bad.nonzero()[0].tolist()
         label = int(target[tuple(position)])
         if options.shift:

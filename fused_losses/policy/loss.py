@@ -15,7 +15,7 @@ from fused_losses.arguments import (
     warn_of_empty,
 )
 from fused_losses.policy.losses import POLICY_LOSSES, RATIO_LEVELS, PolicyType, RatioLevel
-from fused_losses.policy.options import parse_policy_options, policy_factors
+from fused_losses.policy.options import Count, parse_policy_options, policy_factors
 from fused_losses.policy.rollouts import Rollouts, Terms
 
 ADVANTAGE_CURE = "it is a constant of the loss: pass advantages.detach()"
@@ -23,39 +23,48 @@ EMPTY = "they add nothing, and no mean counts them: to count them, give num_item
 
 
 def policy_terms(rollouts: Rollouts) -> Terms:
-    """Losses of all tokens, without the entropy's term, and what there is to tell of them."""
-    o, logps, counted = rollouts.options, rollouts.logps, rollouts.counted
-    ratios = RATIO_LEVELS[o.ratio_level](logps - rollouts.old, rollouts).exp()
-    losses, low, high = POLICY_LOSSES[o.loss_type].fn(ratios, rollouts)
-    if rollouts.sampler_logps is not None:
-        drift = (rollouts.old - rollouts.sampler_logps).exp()
-        losses = losses * drift.clamp(max=o.sampler_cap)
-    kl = None
-    if rollouts.ref_logps is not None:
-        d = rollouts.ref_logps - logps
-        kl = torch.expm1(d) - d
-        losses = losses + o.beta * kl
+    """What there is to tell of all tokens; 0 and False where nothing counts."""
+    o, counted, ref = rollouts.options, rollouts.counted, rollouts.ref_logps
+    ratios, kl = _ratios(rollouts), None if ref is None else _kl(ref - rollouts.logps)
+    low, high = POLICY_LOSSES[o.loss_type].clips(ratios, rollouts)
     if counted is not None:
-        losses, ratios = (torch.where(counted, x, 0.0) for x in (losses, ratios))
-        low, high = low & counted, high & counted
-    return Terms(losses, ratios, low, high, kl)
+        ratios, low, high = torch.where(counted, ratios, 0.0), low & counted, high & counted
+    return Terms(ratios, low, high, kl)
+
+
+def _ratios(rollouts: Rollouts) -> Tensor:
+    level = RATIO_LEVELS[rollouts.options.ratio_level]
+    return level(rollouts.logps - rollouts.old, rollouts).exp()
+
+
+def _kl(d: Tensor) -> Tensor:
+    """The estimate of KL(policy || reference), from log(reference / policy)."""
+    return torch.expm1(d) - d
+
+
+def _surrogates(rollouts: Rollouts) -> Tensor:
+    """Losses of all tokens, without the entropy's term; 0 where nothing counts."""
+    o = rollouts.options
+    losses = POLICY_LOSSES[o.loss_type].fn(_ratios(rollouts), rollouts)
+    if rollouts.sampler_logps is not None:
+        losses = losses * (rollouts.old - rollouts.sampler_logps).exp().clamp(max=o.sampler_cap)
+    if o.beta and rollouts.ref_logps is not None:
+        losses = losses + o.beta * _kl(rollouts.ref_logps - rollouts.logps)
+    return losses if rollouts.counted is None else torch.where(rollouts.counted, losses, 0.0)
 
 
 def token_losses(rollouts: Rollouts) -> Tensor:
     """Losses of all tokens, the entropy's term among them; 0 where nothing counts."""
-    losses = policy_terms(rollouts).losses
+    losses = _surrogates(rollouts)
     if rollouts.options.entropy_weight and rollouts.entropy is not None:
         losses = losses - rollouts.options.entropy_weight * rollouts.entropy
     return losses
 
 
-def policy_total(rollouts: Rollouts, factors: tuple[Tensor, Tensor]) -> Tensor:
-    """Reduce the losses of some whole sequences; additive over them.
-
-    ``factors`` are those of ``policy_factors`` for the whole batch.
-    """
-    o, losses = rollouts.options, policy_terms(rollouts).losses
-    factor, entropy_factor = (f.to(losses.dtype) for f in factors)
+def policy_total(rollouts: Rollouts, factors: tuple[Count, Count]) -> Tensor:
+    """Reduce the losses of some whole sequences by ``policy_factors`` of the batch; additive."""
+    o, losses = rollouts.options, _surrogates(rollouts)
+    factor, entropy_factor = (f.to(losses.dtype) if isinstance(f, Tensor) else f for f in factors)
     if POLICY_LOSSES[o.loss_type].per == "sequence":
         losses = rollouts.mean(losses)
     total = losses.sum() * factor
@@ -188,7 +197,8 @@ def policy_loss(
     warn_of_empty("mask", lengths, EMPTY, stacklevel=3)
     if reduction == "none":
         return token_losses(rollouts)
-    return policy_total(rollouts, policy_factors(o, lengths, reduction, num_items))
+    counts = lengths.sum().double(), (lengths > 0).sum().double()
+    return policy_total(rollouts, policy_factors(o, *counts, reduction, num_items))
 
 
 def check_operands(

@@ -14,22 +14,28 @@ PolicyType = Literal["grpo", "bnpo", "dapo", "dr_grpo", "gspo", "cispo"]
 RatioLevel = Literal["token", "sequence", "sequence_token"]
 
 
-def _clipped(ratios: Tensor, rollouts: Rollouts) -> tuple[Tensor, Tensor, Tensor]:
+def _clipped(ratios: Tensor, rollouts: Rollouts) -> Tensor:
     """PPO's: the worse of the ratio and the clipped ratio, each times the advantage."""
     o, advantages = rollouts.options, rollouts.advantages
-    lowest, highest = 1.0 - o.epsilon, 1.0 + o.epsilon_high
-    clipped = ratios.clamp(lowest, highest)
-    low = (ratios < lowest) & (advantages < 0)
-    high = (ratios > highest) & (advantages > 0)
-    return -torch.minimum(ratios * advantages, clipped * advantages), low, high
+    clipped = ratios.clamp(1.0 - o.epsilon, 1.0 + o.epsilon_high)
+    return -torch.minimum(ratios * advantages, clipped * advantages)
 
 
-def _cispo(ratios: Tensor, rollouts: Rollouts) -> tuple[Tensor, Tensor, Tensor]:
+def _clips(ratios: Tensor, rollouts: Rollouts) -> tuple[Tensor, Tensor]:
+    o, advantages = rollouts.options, rollouts.advantages
+    low = (ratios < 1.0 - o.epsilon) & (advantages < 0)
+    return low, (ratios > 1.0 + o.epsilon_high) & (advantages > 0)
+
+
+def _cispo(ratios: Tensor, rollouts: Rollouts) -> Tensor:
     """REINFORCE whose tokens weigh their ratio, capped and constant: none loses its gradient."""
-    cap, advantages = rollouts.options.epsilon_high, rollouts.advantages
-    high = (ratios > cap) & (advantages > 0)
-    weights = ratios.detach().clamp(max=cap)
-    return -weights * advantages * rollouts.logps, torch.zeros_like(high), high
+    weights = ratios.detach().clamp(max=rollouts.options.epsilon_high)
+    return -weights * rollouts.advantages * rollouts.logps
+
+
+def _caps(ratios: Tensor, rollouts: Rollouts) -> tuple[Tensor, Tensor]:
+    high = (ratios > rollouts.options.epsilon_high) & (rollouts.advantages > 0)
+    return torch.zeros_like(high), high
 
 
 def _token(log_ratios: Tensor, _: Rollouts) -> Tensor:
@@ -54,10 +60,12 @@ RATIO_LEVELS: dict[str, Callable[[Tensor, Rollouts], Tensor]] = {
 }
 
 POLICY_LOSSES: dict[str, Surrogate] = {
-    "grpo": Surrogate(_clipped, per="sequence"),
-    "bnpo": Surrogate(_clipped, per="token"),
-    "dapo": Surrogate(_clipped, per="token"),
-    "dr_grpo": Surrogate(_clipped, per="max_length"),
-    "gspo": Surrogate(_clipped, per="sequence", ratio_levels=("sequence", "sequence_token")),
-    "cispo": Surrogate(_cispo, per="token", epsilon_high=5.0),
+    "grpo": Surrogate(_clipped, _clips, per="sequence"),
+    "bnpo": Surrogate(_clipped, _clips, per="token"),
+    "dapo": Surrogate(_clipped, _clips, per="token"),
+    "dr_grpo": Surrogate(_clipped, _clips, per="max_length"),
+    "gspo": Surrogate(
+        _clipped, _clips, per="sequence", ratio_levels=("sequence", "sequence_token")
+    ),
+    "cispo": Surrogate(_cispo, _caps, per="token", epsilon_high=5.0),
 }

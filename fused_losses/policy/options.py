@@ -76,30 +76,51 @@ def _max_length(loss_type: str, max_length: Any) -> float | None:
     return check_number("max_length", max_length, low=0.0)
 
 
+Count = Tensor | float
+
+
 def policy_factors(
-    o: PolicyOptions, lengths: Tensor, reduction: str, num_items: float | Tensor | None
-) -> tuple[Tensor, Tensor]:
+    o: PolicyOptions,
+    tokens: Count,
+    sequences: Count,
+    reduction: str,
+    num_items: float | Tensor | None,
+) -> tuple[Count, Count]:
     """Return what the summed losses, and the summed entropies, are multiplied by: 0-d fp64.
+
+    Numbers, if all that they are made of is known as such.
 
     Args:
         o: Options of the loss.
-        lengths: (S,) counted tokens of all sequences.
+        tokens: How many count.
+        sequences: How many have a counted token.
         reduction: ``mean`` or ``sum``.
         num_items: Replaces the number of sequences, or of tokens, in the mean. The mean entropy is
             then weighted by this batch's share of them.
     """
-    tokens = lengths.sum().double()
     per = POLICY_LOSSES[o.loss_type].per
-    factor = entropy_factor = torch.ones_like(tokens)
+    factor: Count = 1.0
+    entropy_factor: Count = 1.0
     if reduction == "mean":
-        items = tokens if per == "token" else (lengths > 0).sum().double()
+        items = tokens if per == "token" else sequences
         divisor = items
         if isinstance(num_items, Tensor):
-            divisor = num_items.detach().to(tokens.device, torch.float64, non_blocking=True)
+            divisor = num_items.detach().double()
         elif num_items is not None:
-            divisor = torch.ones_like(tokens) * num_items
-        factor = torch.where(divisor == 0.0, 0.0, 1.0 / divisor)
-        entropy_factor = items * factor / tokens.clamp(min=1.0)
+            # Beside a tensor one too: a compiler would begin anew for each number.
+            divisor = torch.ones_like(items) * num_items if isinstance(items, Tensor) else num_items
+        factor = _inverse(divisor)
+        if isinstance(factor, Tensor) and isinstance(tokens, Tensor):
+            factor = factor.to(tokens.device, non_blocking=True)
+        largest = tokens.clamp(min=1.0) if isinstance(tokens, Tensor) else max(tokens, 1.0)
+        entropy_factor = items * factor / largest
     if o.max_length is not None:
         factor = factor / o.max_length
     return factor, entropy_factor
+
+
+def _inverse(divisor: Count) -> Count:
+    """One over it, 0 where it is 0."""
+    if not isinstance(divisor, Tensor):
+        return 1.0 / divisor if divisor else 0.0
+    return divisor.reciprocal().nan_to_num(nan=torch.nan, posinf=0.0, neginf=0.0)

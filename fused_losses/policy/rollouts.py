@@ -67,17 +67,15 @@ class Rollouts:
 
 @dataclass(frozen=True)
 class Terms:
-    """What a policy loss makes of each token; 0 and False where nothing counts.
+    """What there is to tell of each token; 0 and False where nothing counts.
 
     Attributes:
-        losses: The loss, without the entropy's term.
         ratios: The ratio to the old policy, of the level that was asked for.
         low: bool, clipped from below, where the advantage is negative.
         high: bool, clipped from above, where the advantage is positive.
         kl: The KL estimate to the reference, or None.
     """
 
-    losses: Tensor
     ratios: Tensor
     low: Tensor
     high: Tensor
@@ -89,14 +87,16 @@ class Surrogate:
     """A policy loss.
 
     Args:
-        fn: ``(ratios, rollouts) -> (losses, low, high)``, all per token.
+        fn: ``(ratios, rollouts) -> losses``, per token.
+        clips: ``(ratios, rollouts) -> (low, high)``, see :class:`Terms`.
         per: What its mean counts: ``token``; ``sequence``, each the mean of its tokens;
             ``max_length``, each the sum of its tokens over a constant.
         ratio_levels: Those that it takes, its own first.
         epsilon_high: The upper bound where none is given; None: that of the lower one.
     """
 
-    fn: Callable[[Tensor, Rollouts], tuple[Tensor, Tensor, Tensor]]
+    fn: Callable[[Tensor, Rollouts], Tensor]
+    clips: Callable[[Tensor, Rollouts], tuple[Tensor, Tensor]]
     per: PerItem
     ratio_levels: tuple[str, ...] = ("token", "sequence", "sequence_token")
     epsilon_high: float | None = None

@@ -31,7 +31,8 @@ LossType = Literal[
 
 def _smoothed(m: Tensor, epsilon: float) -> Tensor:
     # -(1 - epsilon) log sigma(m) - epsilon log sigma(-m), as log sigma(-m) = log sigma(m) - m.
-    return epsilon * m - F.logsigmoid(m)
+    surprise = -F.logsigmoid(m)
+    return surprise if epsilon == 0.0 else epsilon * m + surprise
 
 
 def _sigmoid(pairs: Pairs) -> Tensor:

@@ -28,6 +28,7 @@ from fused_losses.backends import (
     Objective,
     RowMaths,
     RowPasses,
+    Weight,
     lines,
     load_backend,
 )
@@ -130,7 +131,7 @@ class ShardedRows:
         value: Tensor | None = None,
         exponentials: Tensor | None = None,
         gradient: Tensor | None = None,
-        weight: Tensor | None = None,
+        weight: Weight | None = None,
         entropy: bool = False,
         top1: bool = False,
         overwrite: bool = False,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -29,6 +30,31 @@ def _servable(dtype: torch.dtype, device: str) -> torch.dtype:
 
 
 _HEAD = ("input", "linear_weight", "linear_bias")
+
+
+def chosen_dtypes(
+    linear: Mapping[str, Any], compute: torch.dtype, *, precise: bool
+) -> tuple[torch.dtype, torch.dtype]:
+    """Return the dtypes of logits and of the head's summed gradient that a call asks for.
+
+    Raises:
+        ValueError: Others than the compute dtype and those that it is summed in.
+    """
+    logits_dtype = linear.get("logits_dtype")
+    if logits_dtype is None:
+        logits_dtype = torch.promote_types(compute, torch.float32) if precise else compute
+    elif logits_dtype not in (compute, torch.promote_types(compute, torch.float32)):
+        raise ValueError(
+            f"logits_dtype must be the compute dtype {compute} or float32 for 16-bit operands, "
+            f"got {logits_dtype}"
+        )
+    accum_dtype = linear.get("accum_dtype", torch.float32)
+    if accum_dtype not in (torch.float32, torch.float64, compute):
+        raise ValueError(
+            f"accum_dtype must be torch.float32, torch.float64 or the compute dtype {compute}, "
+            f"got {accum_dtype}"
+        )
+    return logits_dtype, accum_dtype
 
 
 def check_head(

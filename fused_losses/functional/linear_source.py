@@ -24,7 +24,7 @@ from fused_losses.engine.rows import stats_of
 from fused_losses.engine.sharded_rows import IGNORED, VocabularyShard
 from fused_losses.engine.unit_sum import UnitLoss, loss_of_rows, step_of_log_probs, unit_sum
 from fused_losses.engine.units import UnitLayout
-from fused_losses.functional.head import check_head, compute_dtype
+from fused_losses.functional.head import check_head, chosen_dtypes, compute_dtype
 from fused_losses.functional.observe import report_plan
 from fused_losses.functional.options import Options, parse_options, split_linear
 from fused_losses.functional.sharded import (
@@ -81,20 +81,7 @@ class LinearSource:
         weight = through_main_grad(weight)
         device = input.device
         compute = compute_dtype(input, weight)
-        logits_dtype = linear.get("logits_dtype")
-        if logits_dtype is None:
-            logits_dtype = torch.promote_types(compute, torch.float32) if precise else compute
-        elif logits_dtype not in (compute, torch.promote_types(compute, torch.float32)):
-            raise ValueError(
-                f"logits_dtype must be the compute dtype {compute} or float32 for 16-bit operands, "
-                f"got {logits_dtype}"
-            )
-        accum_dtype = linear.get("accum_dtype", torch.float32)
-        if accum_dtype not in (torch.float32, torch.float64, compute):
-            raise ValueError(
-                f"accum_dtype must be torch.float32, torch.float64 or the compute dtype {compute}, "
-                f"got {accum_dtype}"
-            )
+        logits_dtype, accum_dtype = chosen_dtypes(linear, compute, precise=precise)
         bias = None if bias is None else bias.contiguous()
         head = HeadOptions(
             compute,

@@ -18,6 +18,7 @@ from fused_losses.trainer import (
     SFTTrainer,
     value_agreement,
 )
+from fused_losses.trainer.finite import FiniteWatch, NonFiniteLossError
 
 
 def test_flags_and_yaml_make_configs(tmp_path):
@@ -137,3 +138,11 @@ def test_importing_the_library_imports_no_trainer():
     code = "import sys, fused_losses; print({'transformers', 'datasets'} & sys.modules.keys())"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_an_infinite_loss_is_no_more_finite_than_nan(value):
+    watch = FiniteWatch()
+    watch.add(1, torch.tensor(3.0e38), torch.tensor([0]))
+    with pytest.raises(NonFiniteLossError, match=r"at step 2, on rows \[4, 5\]"):
+        watch.add(2, torch.tensor(value), torch.tensor([4, 5]))

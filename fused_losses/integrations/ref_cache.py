@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.compute as pc  # type: ignore[import-untyped]
 import xxhash
 from datasets import Dataset
 
@@ -51,6 +52,7 @@ def found_or_made(
     what: str,
     *,
     writes: bool,
+    lengths: Sequence[int] | None = None,
 ) -> Dataset:
     """Return the column ``ref_logps`` from the folder, on every process; make it where it lacks.
 
@@ -60,18 +62,19 @@ def found_or_made(
         make: Makes the log-probs; called on every process if one of them lacks the file.
         what: What is done, for the message of an error.
         writes: Whether this process writes the file: one per machine.
+        lengths: Tokens of each sequence, which a file must fit.
 
     Raises:
         ValueError: The file does not fit, or nobody wrote it where this process looks.
         RuntimeError: Another process failed; named.
     """
-    if not all(on_all(lambda: load(folder, key) is not None, what)):
+    if not all(on_all(lambda: load(folder, key, lengths) is not None, what)):
         logps = make()
         on_all(lambda: store(folder, key, logps) if writes else None, what)
     found = []
 
     def read() -> None:
-        dataset = load(folder, key)
+        dataset = load(folder, key, lengths)
         if dataset is None:
             raise ValueError(
                 f"the reference cache {key.path(folder)} was written by the first process of this "
@@ -83,8 +86,12 @@ def found_or_made(
     return found[0]
 
 
-def load(folder: str | os.PathLike[str], key: CacheKey) -> Dataset | None:
+def load(
+    folder: str | os.PathLike[str], key: CacheKey, lengths: Sequence[int] | None = None
+) -> Dataset | None:
     """Return the cached column ``ref_logps``, None if there is no file.
+
+    ``lengths``: tokens of each sequence, where they are known.
 
     Raises:
         ValueError: The file belongs to something else, or cannot be read; named, with the cure.
@@ -105,6 +112,14 @@ def load(folder: str | os.PathLike[str], key: CacheKey) -> Dataset | None:
             raise ValueError(
                 f"the reference cache {path} belongs to another {name}: expected {expected}, found "
                 f"{found.get(name)}; {cure}"
+            )
+    if lengths is not None:
+        here = pc.list_value_length(dataset.data.column("ref_logps")).to_numpy()
+        wrong = (here != np.asarray(lengths)).nonzero()[0]
+        if len(wrong):
+            raise ValueError(
+                f"the reference cache {path} holds {here[wrong[0]]} log-probs of row {wrong[0]}, "
+                f"which has {lengths[wrong[0]]} tokens; {cure}"
             )
     return dataset
 

@@ -10,12 +10,13 @@ import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import Tensor
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from fused_losses import with_stats
 from fused_losses.integrations import fuse_lm_head
 from fused_losses.trainer.batches import behind_prompt, lengths_of, without_repeats
+from fused_losses.trainer.checkpoints import CheckpointedTrainer
 from fused_losses.trainer.collate import Collator
 from fused_losses.trainer.data import each, values
 from fused_losses.trainer.loading import load_models
@@ -30,7 +31,7 @@ from fused_losses.trainer.telemetry import Sums, Telemetry, TrainingRecord, mean
 LOSS_INPUTS = ("labels", "ref_logps", "segment_ids", "scored_by", "row", "sample", "num_tokens")
 
 
-class PostTrainer(Trainer):
+class PostTrainer(CheckpointedTrainer):
     """``transformers.Trainer`` with head and loss inside the model's forward, without logits."""
 
     config_class: ClassVar[type]
@@ -239,20 +240,6 @@ class PostTrainer(Trainer):
         # A sum that is turned round may be -0.0.
         logs.update({k: 0.0 for k, v in logs.items() if isinstance(v, float) and v == 0.0})
         super().log(logs, start_time)
-
-    @property
-    def _record(self) -> TrainingRecord:
-        return next(c for c in self.callback_handler.callbacks if isinstance(c, TrainingRecord))
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        self._record.losses.check()
-        # The checkpoint's number; here, because all ranks come here.
-        self._record.count_tokens(gather_object)
-        super()._save_checkpoint(model, trial)
-
-    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
-        self._record.losses.check()
-        return super()._finalize_training(*args, **kwargs)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """Return the loader of an evaluation dataset; new rows are prepared.

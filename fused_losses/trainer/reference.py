@@ -73,6 +73,7 @@ class Reference:
             lambda: self._compute(dataset, side, name),
             f"computing the reference log-probs of {name}",
             writes=self._writes,
+            lengths=[len(ids) for ids in dataset[f"{side}input_ids"]],
         )
 
     @property

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fused_losses.backends import Objective, RowMaths, lines, load_backend
+from fused_losses.backends import Coefficients, Objective, RowMaths, lines, load_backend
 from fused_losses.token_losses import TOKEN_LOSSES
 
 V = 61
@@ -58,7 +58,7 @@ def truth(z, y, cap=None):
     logp = capped.log_softmax(1)
     rest = torch.zeros(len(y), dtype=torch.float64)
     for n, label in enumerate(y.tolist()):  # 1 - p_y without cancellation
-        rest[n] = logp[n].exp()[torch.arange(V) != label].sum()
+        rest[n] = logp[n].exp()[torch.arange(z.shape[1]) != label].sum()
     gradient = logp.exp().scatter(1, y[:, None], -rest[:, None])
     if cap is not None:
         gradient = gradient * (1 - (capped / cap) ** 2)
@@ -133,3 +133,38 @@ def test_a_non_finite_logit_makes_its_row_nan_wherever_it_stands(backend, value,
     rows, _ = row_pass(backend, z, torch.tensor([7, 7]))
     assert rows[[lines.LOGP, lines.SUM], 0].isnan().all()
     assert torch.isfinite(rows[:, 1]).sum() >= lines.LINES - 3  # no loss lines were asked for
+
+
+def test_every_distance_from_the_room_is_right(backend):
+    """A shift has room for logits up to 4 above it: up to there, there, and a little beyond."""
+    step = 2.0**-20
+    above = [4.0 - step, 4.0, 4.0 + step, 4.75]
+    after = [0.0, 4.0, 4.25]  # above that one, where it has moved the shift
+    z = torch.full((len(above) * len(after), 3 * BLOCK), -1.0, dtype=torch.float64)
+    z[:, 0] = 0.0  # the largest of the first block
+    for n, (a, b) in enumerate((a, b) for a in above for b in after):
+        z[n, BLOCK + 2], z[n, 2 * BLOCK + 5] = a, a + b
+        z[n, BLOCK + 3] = a - 0.5  # behind a lane's stop, or not
+    y = torch.full((len(z),), 2 * BLOCK + 3)  # in that lane
+    rows, e = row_pass(backend, z, y)
+    logp, lse, entropy, gradient = truth(z, y)
+    for line, exact in ((lines.LOGP, logp), (lines.LSE, lse), (lines.ENTROPY, entropy)):
+        torch.testing.assert_close(rows[line], exact, rtol=1e-13, atol=1e-13)
+    error = (e / rows[lines.SUM][:, None] - gradient).norm(dim=1)
+    assert (error / gradient.norm(dim=1)).max() < 1e-13
+
+
+@pytest.mark.parametrize("columns", [1, 2, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK + 1])
+def test_a_row_of_any_length_is_read_to_its_end(backend, columns):
+    """The last column has most of the probability, whatever a block leaves of a row."""
+    z = torch.randn(2, columns, dtype=torch.float64)
+    z[:, -1] += 3.0
+    y = torch.tensor([0, columns - 1])
+    rows, e = row_pass(backend, z, y)
+    logp, lse, entropy, gradient = truth(z, y)
+    for line, exact in ((lines.LOGP, logp), (lines.LSE, lse), (lines.ENTROPY, entropy)):
+        torch.testing.assert_close(rows[line], exact, rtol=1e-12, atol=1e-12)
+    assert (e / rows[lines.SUM][:, None] - gradient).abs().max() < 1e-12
+    dz, c = torch.full_like(z, math.nan), Coefficients(-torch.ones(2, dtype=torch.float64))
+    load_backend(backend).row_gradient(z, y, rows, c, maths=PLAIN, ignore_index=-100, dz=dz)
+    assert (dz - gradient).abs().max() < 1e-12

@@ -143,6 +143,22 @@ def test_a_config_that_says_more_than_the_model_does_is_found_out():
         call(model)
 
 
+@pytest.mark.parametrize(("option", "exact"), [("logit_scale", 1.5), ("softcap", 20.0)])
+def test_a_scale_or_cap_that_is_slightly_off_is_found_out(option, exact):
+    class Capped(LlamaForCausalLM):
+        def forward(self, *args, **kwargs):
+            output = super().forward(*args, **kwargs)
+            output.logits = 20.0 * torch.tanh(output.logits / 20.0)
+            return output
+
+    made = Scaled if option == "logit_scale" else Capped
+    for off in (0.99, 0.999, 1.001, 1.01):
+        model = made(AutoConfig.for_model("llama", **CONFIG))
+        with pytest.raises(NotImplementedError, match="does something else between head and"):
+            call(fuse_lm_head(model, **{option: off * exact}))
+    call(fuse_lm_head(made(AutoConfig.for_model("llama", **CONFIG)), **{option: exact}))
+
+
 def test_a_head_that_is_called_never_or_twice_is_refused():
     config = AutoConfig.for_model("llama", **CONFIG)
     with pytest.raises(NotImplementedError, match="Twice calls its head twice"):

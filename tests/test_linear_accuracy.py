@@ -26,6 +26,7 @@ from torch import Tensor
 
 import fused_losses
 from fused_losses import reference
+from fused_losses.engine import head as head_products
 
 CAPS = {torch.float32: 5e-6, torch.bfloat16: 2.5e-3, torch.float16: 3e-4}
 EAGER_FACTOR = 2.0
@@ -346,6 +347,21 @@ def test_odd_and_single_sizes(shape: tuple[int, int, int], backend: str) -> None
     assert relative_error(loss, truth) <= 1e-5
     for got, expected in zip(gradients(loss, leaves), gradients(truth, exact), strict=True):
         assert (got - expected).norm() <= 1e-5 * expected.norm() + 1e-7
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("sizes", [(3, 50, 5), (40, 6, 4), (4, 6, 40), (5, 1, 5)], ids=str)
+def test_a_product_in_blocks_is_the_product(
+    sizes: tuple[int, int, int], accumulate: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The sum, the rows or the columns are the longest: each is cut in its own way.
+    monkeypatch.setattr(head_products, "_BLOCK_BYTES", 300)
+    rows, summed, columns = sizes
+    a, b = torch.randn(rows, summed).bfloat16(), torch.randn(summed, columns).bfloat16()
+    out = torch.randn(rows, columns)
+    expected = a.double() @ b.double() + accumulate * out.double()
+    head_products._product(a, b, out, accumulate=accumulate)
+    assert relative_error(out, expected) < 1e-6
 
 
 def test_logits_of_16_bit_operands_are_fp32_where_a_reference_is_compared() -> None:

@@ -215,6 +215,38 @@ def test_fp16_survives_a_large_count_and_a_large_scale(name: str) -> None:
         assert relative_error(got, value * 1024.0) <= 1e-3
 
 
+@pytest.mark.parametrize("name", ["mle", "none", "divergence"])
+def test_fp16_as_gpus_multiply_it_survives_what_it_has_no_room_for(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A CPU computes fp16 in fp32 unless it is made to; counts and scales are beyond fp16."""
+    for module in ("linear_source", "divergence"):
+        place = f"fused_losses.functional.{module}.compute_dtype"
+        monkeypatch.setattr(place, lambda x, w: torch.promote_types(x.dtype, w.dtype))
+    batch = head_batch((4, 12), D, V, dtype=torch.float16, bias=True)
+    batch.x.mul_(0.01)
+    batch.w.mul_(0.03)
+    ref = near_reference(batch.to(torch.float32))
+
+    def loss(module: Any, leaves: HeadBatch) -> Tensor:
+        args = (leaves.x, leaves.w)
+        if name == "mle":  # each token's part is 0 in fp16
+            return module.linear_mle_loss(*args, leaves.y, num_items=3e8, z_loss=1e-3) * 3e8
+        if name == "none":  # infinite at each target
+            losses = module.linear_pearson_loss(*args, leaves.y, ref, reduction="none")
+            return losses.sum() * 7e4
+        teacher = (batch.x.flip(0).to(leaves.x.dtype), batch.w.to(leaves.w.dtype))
+        losses = module.linear_divergence_loss(*args, *teacher, leaves.y, reduction="none")
+        return losses.sum() * 3e7
+
+    exact, leaves = batch.to(torch.float64).leaves(bias=False), batch.leaves(bias=False)
+    expected = torch.autograd.grad(loss(reference, exact), [exact.x, exact.w])
+    found = torch.autograd.grad(loss(fused_losses, leaves), [leaves.x, leaves.w])
+    for got, value in zip(found, expected, strict=True):
+        assert got.dtype == torch.float16
+        assert relative_error(got, value) <= 5e-3
+
+
 def test_gradients_of_tied_weights_add(batch: HeadBatch) -> None:
     tokens = torch.randint(V, (4, 12))
     for module in (fused_losses, reference):

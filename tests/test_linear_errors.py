@@ -333,6 +333,28 @@ def test_what_stands_in_ignored_rows_never_gets_out(
     assert torch.count_nonzero(results[1][1][batch.y == IGNORED]) == 0
 
 
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained head", "frozen head"])
+@pytest.mark.parametrize("name", ["pearson_loss", "token_stats"])
+def test_what_comes_from_upstream_for_ignored_rows_never_gets_out(
+    name: str, frozen: bool, batch: HeadBatch, backend: str
+) -> None:
+    leaves = batch.leaves(w=not frozen)
+    value = torch.zeros(B, T, requires_grad=True)
+    args = (leaves.x, leaves.w, leaves.y)
+    wanted = [leaves.x] if frozen else [leaves.x, leaves.w]
+    if name == "pearson_loss":
+        given = {"value": value, "reduction": "none", "backend": backend}
+        out = fused_losses.linear_pearson_loss(*args, near_reference(batch), **given)
+        wanted.append(value)
+    else:
+        out = fused_losses.linear_token_stats(*args, backend=backend).logps
+    up = torch.ones_like(out)
+    expected = torch.autograd.grad(out, wanted, up, retain_graph=True)
+    found = torch.autograd.grad(out, wanted, up.masked_fill(batch.y == IGNORED, math.nan))
+    for got, want in zip(found, expected, strict=True):
+        assert torch.equal(got, want)
+
+
 def test_what_is_not_finite_in_a_counted_row_is_never_hidden(
     batch: HeadBatch, backend: str
 ) -> None:

@@ -328,6 +328,22 @@ def test_a_cpu_keeps_one_workspace_of_at_most_the_default_budget() -> None:
     fused_losses.linear_mle_loss(*_first(batch)).backward()  # on memory of its own
 
 
+def test_a_smaller_budget_keeps_less_and_nothing_above_the_default_is_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    batch = head_batch((B, T), D, V).leaves()
+
+    def kept(budget: int) -> list[int]:
+        fused_losses.linear_mle_loss(*_first(batch), workspace_bytes=budget)
+        return [memory.numel() for memory in workspace._kept]
+
+    workspace.release()
+    (large,), (small,) = kept(4 * BUDGET), kept(BUDGET // 4)
+    assert small <= BUDGET // 4 < large <= 4 * BUDGET
+    monkeypatch.setattr(workspace, "DEFAULT_CPU_BYTES", BUDGET)
+    assert kept(4 * BUDGET) == []
+
+
 def test_calls_inside_a_call_have_workspaces_of_their_own() -> None:
     batch = head_batch((B, T), D, V)
     inner = fused_losses.linear_mle_loss(*_first(batch))

@@ -115,6 +115,18 @@ def test_the_gradient_of_a_confident_target_keeps_its_relative_accuracy(
     assert ((dz.double() - truth).abs() <= 2e-5 * truth.abs()).all()
 
 
+def test_a_confident_log_prob_keeps_its_relative_accuracy(
+    backend: str, device: torch.device
+) -> None:
+    # log p near -1e-8: written as a difference it would be 0.
+    z = torch.randn(4, V, device=device)
+    y = torch.tensor([0, 5, 20, V - 1], device=device)
+    z[torch.arange(4, device=device), y] += torch.tensor([6.0, 14.0, 20.0, 26.0], device=device)
+    got = fused_losses.token_stats(z, y, backend=backend).logps
+    truth = reference.token_stats(z.double(), y).logps
+    assert ((got - truth).abs() <= 1e-6 * truth.abs()).all()
+
+
 def test_log_probs_of_hopeless_targets_are_right(backend: str, device: torch.device) -> None:
     z = torch.zeros(2, V, device=device)
     y = torch.tensor([0, 36], device=device)

@@ -319,6 +319,22 @@ def test_statistics_differentiate_together_as_one_by_one(
     assert not stats.is_top1.requires_grad
 
 
+def test_the_loss_and_the_rows_of_one_pass_differentiate_together(
+    backend: str, batch: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    z, y, ref = batch
+    o = Objective(fused_losses.TOKEN_LOSSES["hellinger"], beta=0.5, z_loss=0.1)
+    call, _ = Call(RowMaths(), o, -100, True, backend).encode()
+    loss, rows = logits_rows(z, y.flatten(), ref.flatten(), None, None, call)
+    ups = torch.randn_like(loss), torch.randn_like(rows)
+    (together,) = torch.autograd.grad((loss, rows), z, ups, retain_graph=True)
+    parts = [
+        torch.autograd.grad(out, z, up, retain_graph=True)[0]
+        for out, up in zip((loss, rows), ups, strict=True)
+    ]
+    assert relative_error(together, sum(parts)) < 1e-6
+
+
 def test_the_loss_and_gradient_come_in_their_documented_dtypes(
     backend: str, device: torch.device
 ) -> None:

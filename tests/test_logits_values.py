@@ -120,14 +120,15 @@ def test_one_bad_logit_anywhere_in_a_row_is_not_hidden(
 def test_top1_is_the_first_of_the_largest_and_never_of_a_row_without_log_prob(
     backend: str, device: torch.device, dtype: torch.dtype
 ) -> None:
-    z = torch.zeros(6, V, dtype=dtype, device=device)
-    # The first of three, the second, a larger one elsewhere, the last column, nothing, NaN.
+    z = torch.zeros(7, V, dtype=dtype, device=device)
+    # The first of three, the second, a larger one elsewhere, the last column, nothing, NaN, and
+    # the largest of a row with a NaN elsewhere.
     z[:3, [3, 7, V - 1]] = 2.0
     z[2, 0] = 3.0
     z[3, V - 1] = 1.0
-    z[4], z[5, 0] = -INF, math.nan
-    y = torch.tensor([3, 7, 3, V - 1, 0, 0], device=device)
-    expected = [True, False, False, True, False, False]
+    z[4], z[5, 0], z[6, 2], z[6, 9] = -INF, math.nan, 2.0, math.nan
+    y = torch.tensor([3, 7, 3, V - 1, 0, 0, 2], device=device)
+    expected = [True, False, False, True, False, False, False]
     assert fused_losses.token_stats(z, y, backend=backend).is_top1.tolist() == expected
     assert fused_losses.reference.token_stats(z, y).is_top1.tolist() == expected
 
@@ -312,6 +313,9 @@ def test_a_bad_label_behind_the_checks_makes_its_row_nan_and_reads_no_other(
         assert rows[line].isnan().tolist() == [False, True, False]
     assert rows[lines.TOP1, 1] == 0.0
     assert e[good].isfinite().all()
+    # Whatever comes from upstream: log-probs may be used by other losses.
+    passes.row_gradient(z, y, rows, Coefficients(torch.ones_like(rows[0])), dz=dz, **options)
+    assert dz[1].isnan().any()
     passes.row_gradient(z, y, rows, Coefficients(rows[lines.DLOGP]), dz=dz, **options)
     assert dz[1].isnan().all()
     scaled = -(rows[lines.DLOGP] / rows[lines.SUM])[:, None] * e

@@ -109,6 +109,10 @@ def test_the_least_budget_that_an_error_names_works_and_one_byte_less_does_not(
         columns = min(columns, 256)
     # What is passed over at a time is the least that anyone could do with.
     assert least >= columns * shape.logits_dtype.itemsize
+    # Of several routes the most modest tells.
+    both = min(_least("token", shape), _least("recompute", shape))
+    with pytest.raises(ValueError, match=f"the least that works is {both}$"):
+        plan_linear(["token", "recompute"], 3, shape, 1)
 
 
 def test_chunks_are_multiples_of_128_where_that_fits() -> None:
@@ -253,6 +257,8 @@ BF16 = torch.bfloat16
         (8192, 4096, 151936, 1.0, {}, 1, 3.48),
         # Twice as many tokens as hidden units, and few at a time: a sum of dW is smaller.
         (16384, 2304, 256000, 1.0, {}, 8, 3.30),
+        # Three times as many: a third less.
+        (12288, 4096, 128256, 1.0, {}, 3, 2.94),
         (8192, 4096, 128256, 1.0, {"accum_dtype": BF16}, 2, 1.96),
         # The head's copy, a bf16 gradient, and then its fp32 form instead of the logits.
         (8192, 4096, 128256, 1.0, {"weight_dtype": torch.float32}, 1, 3.91),

@@ -369,6 +369,32 @@ def test_batches_of_a_step_add_up_by_num_items(case: dict[str, Any]) -> None:
     torch.testing.assert_close(sum(parts), whole)
 
 
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo"])
+def test_entropies_of_a_step_add_up_too(loss_type: str) -> None:
+    batch, data = _head()
+    counted = batch.y != IGNORED
+    # A mean over tokens; or a mean over tokens of each batch, that weighs as its sequences do.
+    per_token = POLICY_LOSSES[loss_type].per == "token"
+    num_items = int(counted.sum()) if per_token else B
+    terms, expected = [], 0.0
+    entropy = fused_losses.linear_token_stats(batch.x, batch.w, batch.y, entropy=True).entropy
+    for half in (slice(0, 1), slice(1, None)):
+        part = HeadBatch(batch.x[half], batch.w, batch.y[half])
+        given = {name: t[half] for name, t in data.items()}
+        with_term, without = (
+            _linear(
+                fused_losses, part, given, num_items=num_items, loss_type=loss_type,
+                entropy_weight=weight,
+            )
+            for weight in (0.5, 0.0)
+        )  # fmt: skip
+        terms.append(with_term - without)
+        here = counted[half]
+        items = here.sum() if per_token else here.any(-1).sum()
+        expected = expected - 0.5 * items / num_items * entropy[half].sum() / here.sum()
+    torch.testing.assert_close(sum(terms), expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(("frozen", "factor"), [(False, 6), (True, 4)])
 def test_flops_are_6ndv_and_4_with_a_frozen_head(frozen: bool, factor: int) -> None:
     batch = head_batch((5, 7), 13, 101).leaves(w=not frozen)

@@ -86,6 +86,23 @@ def test_rows_whose_first_logits_are_minus_infinity_are_right_in_any_ranges(back
     assert (e / rows[lines.SUM][:, None] - expected).abs().max() < 1e-11
 
 
+@pytest.mark.parametrize("cuts", CUTS[2:], ids=str)
+def test_rows_that_rise_a_little_are_right_in_any_ranges(backend, cuts):
+    """By so little that what came before still counts where the shift has moved."""
+    g = torch.Generator().manual_seed(5)
+    z = torch.randn(3, V, generator=g, dtype=torch.float64)
+    z += torch.tensor([0.0, 4.75, 9.0]).repeat_interleave(21)[:V]
+    y = torch.tensor([3, 30, 55])
+    smoothed = Objective(TOKEN_LOSSES["mle"], label_smoothing=0.25)
+    rows, _ = in_ranges(backend, z, y, cuts, maths=RowMaths(), objective=smoothed, entropy=True)
+    logp, lse, entropy, _ = truth(z, y)
+    loss = -0.75 * logp - 0.25 * z.log_softmax(1).mean(1)
+    for line, exact in (
+        (lines.LOGP, logp), (lines.LSE, lse), (lines.ENTROPY, entropy), (lines.LOSS, loss)
+    ):  # fmt: skip
+        torch.testing.assert_close(rows[line], exact, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("tie", [0, 8, 16, 60])
 def test_top1_is_the_first_of_equal_logits_in_any_ranges(backend, tie):
     y = torch.tensor([0, 3, 7, 8, 9, 15, 16, 17, 20, 40, 60])
@@ -191,6 +208,26 @@ def test_log_probs_of_a_frozen_head_serve_any_use_of_them(backend):
         given = {} if module is reference else {"backend": backend, "workspace_bytes": 1024 * 8}
         stats = module.linear_token_stats(leaves.x, leaves.w, leaves.y, softcap=9.0, **given)
         loss = (stats.logps**2).sum() - 0.3 * (stats.lse.exp()).mean()
+        results.append([loss, *gradients(loss, leaves)])
+    for got, expected in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("rise", [2.5, -2.5, 30.0])
+def test_a_frozen_head_follows_a_shift_that_rises(backend, rise):
+    batch = head_batch((4,), 8, 701, dtype=torch.float64, bias=True)
+    batch.bias.add_(rise * (torch.arange(701) // 256))
+    results = []
+    for module in (reference, fused_losses):
+        leaves = batch.leaves(w=False, bias=False)
+        given = {} if module is reference else {"backend": backend, "workspace_bytes": 8000}
+        args = (leaves.x, leaves.w, leaves.y)
+        if given:
+            plan = fused_losses.explain(
+                fused_losses.linear_mle_loss, *args, linear_bias=leaves.bias, **given
+            )
+            assert (plan.route, len(plan.columns)) == ("frozen", 3)
+        loss = module.linear_mle_loss(*args, linear_bias=leaves.bias, **given)
         results.append([loss, *gradients(loss, leaves)])
     for got, expected in zip(results[1], results[0], strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-12)

@@ -20,6 +20,7 @@ import datasets  # noqa: E402
 
 from fused_losses.integrations import trl as ours  # noqa: E402
 from fused_losses.integrations.trl import head  # noqa: E402
+from fused_losses.integrations.trl.references import ReferenceCollator  # noqa: E402
 
 SILENT: dict[str, Any] = {
     "report_to": "none",
@@ -95,6 +96,21 @@ def test_references_that_a_dataset_brings_to_trl_are_of_this_model_and_precision
         ours.SFTTrainer(
             llama(1), config, train_dataset=made, processing_class=tokenizer(), loss="pearson"
         )
+
+
+@pytest.mark.parametrize("options", [{}, {"pad_to_multiple_of": 8}, {"padding_free": True}])
+def test_references_are_padded_where_the_tokens_are(options: dict[str, Any]) -> None:
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+    rows = [
+        {"input_ids": ids, "ref_logps": [-float(i) for i in ids]} for ids in SEQUENCES["input_ids"]
+    ]
+    collator = ReferenceCollator(DataCollatorForLanguageModeling(0, **options))
+    batch = collator([dict(row) for row in rows])
+    assert batch["ref_logps"].shape == batch["input_ids"].shape
+    # Each token's reference is its own number, and padding's is 0, as its token is.
+    assert torch.equal(batch["ref_logps"], -batch["input_ids"].float())
+    assert options == {"padding_free": True} or (batch["input_ids"] == 0).any()
 
 
 def test_dropout_that_is_a_number_is_off_in_dpo(tmp_path: Path) -> None:

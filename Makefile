@@ -1,7 +1,7 @@
 # Every target sets up .venv first if it is missing or older than its pins.
 #   make demo DEMO_ARGS="--steps 20"     make test TEST_ARGS="-k hellinger"     make test JOBS=8
 #   make bench BENCH_ARGS=--quick        make gpu GPU_ARGS="--wheels peers --list"
-#   make accuracy ACCURACY_ARGS="--draws 50 --seed 7"
+#   make accuracy ACCURACY_ARGS="--draws 50 --seed 7"     make mutation MUTATION_ARGS="--only row_pass"
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -16,6 +16,7 @@ TEST_ARGS ?=
 BENCH_ARGS ?=
 REPORT_ARGS ?=
 ACCURACY_ARGS ?=
+MUTATION_ARGS ?=
 GPU_ARGS ?=
 
 VENV := .venv
@@ -36,10 +37,10 @@ awk '/(Downloading|Using cached) .*\([0-9.]+ MB\)/ { size = $$NF == "MB)" ? $$(N
      /^Installing collected packages/ { print "    installing " gsub(/,/, ",") + 1 " packages"; fflush() }'
 endef
 
-.PHONY: help demo pipeline test lint typecheck docs bench bench-report kernel-report accuracy gpu clean distclean
+.PHONY: help demo pipeline test lint typecheck docs bench bench-report kernel-report accuracy mutation mutation-sample gpu clean distclean
 
 help:  ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 # A set-up that was cut short leaves $(UNFINISHED) behind, and the next call starts over: half-installed
 # packages look whole to pip.
@@ -101,6 +102,12 @@ kernel-report: $(READY)  ## Compile every kernel for four architectures, no GPU 
 
 accuracy: $(READY)  ## Errors of random calls beside eager torch's, at most twice: tables to commit
 	@OMP_NUM_THREADS=1 $(PY) benchmarks/accuracy.py --jobs $(JOBS) $(ACCURACY_ARGS)
+
+mutation: $(READY)  ## Break one line at a time: which test notices? --sample 30 draws some
+	@$(PY) tests/mutate.py --jobs $(JOBS) $(MUTATION_ARGS)
+
+mutation-sample: $(READY)  ## What CI tries of it: 30 drawn by the commit, in 6 minutes at most
+	@$(PY) tests/mutate.py --jobs $(JOBS) --sample 30 --minutes 5
 
 gpu: $(READY)  ## Run what only a GPU can show, in under 10 minutes; JSON and log in outputs/gpu
 	@$(PY) benchmarks/gpu.py $(GPU_ARGS)

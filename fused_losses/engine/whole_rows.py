@@ -105,8 +105,9 @@ class Chunk:
         alpha, sign = c.dlogp, -1.0
         if c.dlse is not None:
             alpha, sign = c.dlse - c.dlogp, 1.0
-            # The target's entry also carries dlse, divided by alpha; keep away from 0 / 0.
-            least = 2.0**-20 * c.dlse.abs()
+            # The target's entry also carries dlse, divided by alpha; keep away from 0 / 0, by no
+            # more than a rounding of dlse.
+            least = torch.finfo(alpha.dtype).eps * c.dlse.abs()
             alpha = torch.where(alpha.abs() < least, least, alpha)
             extra = torch.where(c.dlse == 0.0, 0.0, c.dlse / alpha * s)
             if maths.cap is not None:

@@ -62,7 +62,8 @@ def test_a_text_that_has_changed_is_told_of_and_a_sample_differs_from_seed_to_se
 
 
 def test_the_first_failure_is_read_from_what_pytest_wrote() -> None:
-    said = "...\nFAILED tests/test_a.py::test_b[1-x] - assert 1 == 2\nFAILED tests/test_c.py::test_d"
+    said = "...\nFAILED tests/test_a.py::test_b[1-x] - assert 1 == 2\n"
+    said += "FAILED tests/test_c.py::test_d"
     assert mutate.first_failure(said) == "test_a.py::test_b[1-x]"
     assert mutate.first_failure("ERROR tests/test_a.py - ImportError: x") == "test_a.py"
     assert mutate.first_failure("3 passed in 0.1s") is None

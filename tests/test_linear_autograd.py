@@ -220,7 +220,7 @@ def test_fp16_as_gpus_multiply_it_survives_what_it_has_no_room_for(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A CPU computes fp16 in fp32 unless it is made to; counts and scales are beyond fp16."""
-    for module in ("linear_source", "divergence"):
+    for module in ("linear_source", "teacher"):
         place = f"fused_losses.functional.{module}.compute_dtype"
         monkeypatch.setattr(place, lambda x, w: torch.promote_types(x.dtype, w.dtype))
     batch = head_batch((4, 12), D, V, dtype=torch.float16, bias=True)

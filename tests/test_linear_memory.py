@@ -284,7 +284,7 @@ def test_the_engine_stays_below_it_at_32k_tokens_and_262k_words(
 ) -> None:
     """Below the custom operator, with every row counted, on tensors that hold no memory."""
     tokens, vocabulary, hidden, budget = 32768, 262144, 4096, 2**30
-    monkeypatch.setattr(planned_calls, "load_backend", lambda name: _NoRows)
+    monkeypatch.setattr(planned_calls, "passes_of", lambda name, shard: _NoRows)
     # Fewer and larger blocks of upcast vocabulary, for time: still far below the limit.
     monkeypatch.setattr(head_products, "_BLOCK_BYTES", 2**27)
     shape = LinearShape(hidden, vocabulary, dtype, dtype, "triton", True, True)

@@ -16,7 +16,7 @@ from fused_losses.functional.responses import Responses
 from fused_losses.functional.sources import Source
 from fused_losses.functional.tokens import Tokens, times
 from fused_losses.stats import TokenStats
-from fused_losses.token_losses import TokenLoss
+from fused_losses.token_losses import TOKEN_LOSSES, TokenLoss
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,8 @@ def _sequences(
         return times(losses(stats.logps, units).sum(), responses.factor(options, units))
 
     if options.reduction != "none" and (value is None or not value.requires_grad):
-        return source.unit_sum(tokens, responses.layout, total, entropy=entropy)
+        own = o.loss not in TOKEN_LOSSES.values()  # whose torch_fn may have captured what trains
+        return source.unit_sum(tokens, responses.layout, total, entropy=entropy, own=own)
     # The offset's gradient and per-sequence results need autograd's own graph.
     rows = source.statistics(tokens, entropy=entropy, entropy_gradient=False)
     each = losses(rows[lines.LOGP], None)

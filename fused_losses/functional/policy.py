@@ -8,7 +8,7 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
-from fused_losses.arguments import warn_of_empty
+from fused_losses.arguments import refuse_unserved, warn_of_empty
 from fused_losses.engine.rows import stats_of
 from fused_losses.engine.units import UnitChunk
 from fused_losses.functional.linear_source import open_source
@@ -150,6 +150,7 @@ class _Batch:
         for name, t in logps.items():
             if t is not None:
                 check_logps(name, t, labels, "target")
+                refuse_unserved(name, t)
                 given[name] = t.detach()
         responses = Responses.of(tokens, backend)
         data = {name: tokens.flat(name, t) for name, t in given.items()}

@@ -91,7 +91,6 @@ class Tokens:
             raise ValueError(
                 f"{name} must have target's shape {tuple(self.shape)}, got {tuple(t.shape)}"
             )
-        refuse_unserved(name, t)
         check_device(name, t, "target", self.y)
         if self.shift and self.shape[-1]:
             # The last row scores nothing; it takes what position 0 held, which nothing reads.
@@ -115,13 +114,14 @@ class Tokens:
         if ref_logps is None:
             return None
         check_reference(ref_logps)
-        return self.flat("ref_logps", ref_logps.detach())
+        return self.flat("ref_logps", ref_logps).detach()
 
     def ids(self, name: str, ids: Any) -> Tensor | None:
         """Check integer ids of target's shape and flatten them."""
         if ids is None:
             return None
         check_ids(name, ids)
+        refuse_unserved(name, ids)
         return self.flat(name, ids).to(torch.int64)
 
     def offset(self, value: Any) -> Tensor | None:

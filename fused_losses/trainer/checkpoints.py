@@ -59,7 +59,7 @@ def last_whole(folder: Path) -> str | None:
         for path in (folder.glob("checkpoint-*") if folder.is_dir() else ())
         if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)) and path.is_dir()
     }
-    parts = []
+    parts: list[str] = []
     for _, path in sorted(found.items(), reverse=True):
         if _is_whole(path):
             if parts:

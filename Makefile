@@ -2,6 +2,7 @@
 #   make demo DEMO_ARGS="--steps 20"     make test TEST_ARGS="-k hellinger"     make test JOBS=8
 #   make bench BENCH_ARGS=--quick        make gpu GPU_ARGS="--wheels peers --list"
 #   make accuracy ACCURACY_ARGS="--draws 50 --seed 7"     make mutation MUTATION_ARGS="--only row_pass"
+#   make fuzz MINUTES=60 FUZZ_ARGS="--only call"
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -17,6 +18,8 @@ BENCH_ARGS ?=
 REPORT_ARGS ?=
 ACCURACY_ARGS ?=
 MUTATION_ARGS ?=
+FUZZ_ARGS ?=
+MINUTES ?= 5
 GPU_ARGS ?=
 
 VENV := .venv
@@ -37,7 +40,7 @@ awk '/(Downloading|Using cached) .*\([0-9.]+ MB\)/ { size = $$NF == "MB)" ? $$(N
      /^Installing collected packages/ { print "    installing " gsub(/,/, ",") + 1 " packages"; fflush() }'
 endef
 
-.PHONY: help demo pipeline test lint typecheck docs bench bench-report kernel-report accuracy mutation mutation-sample gpu clean distclean
+.PHONY: help demo pipeline test lint typecheck docs bench bench-report kernel-report accuracy fuzz mutation mutation-sample gpu clean distclean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -102,6 +105,9 @@ kernel-report: $(READY)  ## Compile every kernel for four architectures, no GPU 
 
 accuracy: $(READY)  ## Errors of random calls beside eager torch's, at most twice: tables to commit
 	@OMP_NUM_THREADS=1 $(PY) benchmarks/accuracy.py --jobs $(JOBS) $(ACCURACY_ARGS)
+
+fuzz: $(READY)  ## Random calls and training runs against float64 for MINUTES (5)
+	@OMP_NUM_THREADS=1 $(PY) tests/fuzz.py --jobs $(JOBS) --minutes $(MINUTES) $(FUZZ_ARGS)
 
 mutation: $(READY)  ## Break one line at a time: which test notices? --sample 30 draws some
 	@$(PY) tests/mutate.py --jobs $(JOBS) $(MUTATION_ARGS)

@@ -84,7 +84,7 @@ def measure(seed: int, repeats: Iterable[int]) -> list[Error]:
     for repeat in repeats:
         made = draw(seed, repeat)
         double = made.dtype == torch.float64
-        with _in_blocks(made.block), warnings.catch_warnings():
+        with in_blocks(made.block), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             ours = run(made, "ours")
         eager = run(made.to(torch.float32) if double else made, "eager")
@@ -113,7 +113,7 @@ def _square_error(got: Tensor, truth: Tensor) -> float:
 
 
 @contextlib.contextmanager
-def _in_blocks(columns: int | None) -> Iterator[None]:
+def in_blocks(columns: int | None) -> Iterator[None]:
     """Make short rows take several blocks, as long ones do."""
     before = launch._INTERPRETED_BLOCK, torch_rows.BLOCK_BYTES
     if columns is not None:

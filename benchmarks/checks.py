@@ -141,6 +141,15 @@ def routes(
         lambda: backward(fused_losses.linear_token_stats(*args, **linear).logps.sum()),
     )
     yield "logits", logits
+    teacher = (x.detach().flip(-1).contiguous(), w.detach())
+    for kind in ("forward_kl", "jensen_shannon"):  # one pass over both sides' logits, and two
+        options = {"divergence": kind, "mle_weight": 0.5, **linear}
+        yield (
+            kind,
+            lambda options=options: backward(
+                fused_losses.linear_divergence_loss(x, w, *teacher, y, **options)
+            ),
+        )
 
 
 def profiles(device: str, N: int, D: int, V: int) -> int:

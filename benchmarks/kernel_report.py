@@ -82,6 +82,32 @@ RAGGED: dict[str, Record] = {
         ignore_index=1, entropy=True,
     ),
 }  # fmt: skip
+# The same of divergences. Gradients of fp32 logits are written as the operands of products.
+ALIGNED_DIVERGENCES: dict[str, Record] = {
+    "fp32 forward_kl, bf16 gradient, anchor": dict(
+        logits="float32", gradient="bfloat16", beside="some"
+    ),
+    "fp32 jensen_shannon, bf16 gradient": dict(
+        logits="float32", divergence="jensen_shannon", gradient="bfloat16"
+    ),
+    "fp32 reverse_kl, capped, bf16 gradient": dict(
+        logits="float32", divergence="reverse_kl", gradient="bfloat16", cap=30.0, beside="all"
+    ),
+    "fp16 hellinger": dict(logits="float16", divergence="hellinger", gradient="float16"),
+    "bf16 total_variation": dict(
+        logits="bfloat16", divergence="total_variation", gradient="bfloat16"
+    ),
+    "fp64 jensen_shannon": dict(
+        logits="float64", divergence="jensen_shannon", gradient="float64", beside="all"
+    ),
+}
+RAGGED_DIVERGENCES: dict[str, Record] = {
+    "fp32 forward_kl, odd V": dict(V=50257, logits="float32", gradient="float32", beside="some"),
+    "bf16 reverse_kl of fp64, one row, one column, ignore_index 1": dict(
+        V=1, N=1, logits="bfloat16", teacher="float64", divergence="reverse_kl",
+        gradient="bfloat16", beside="all", ignore_index=1,
+    ),
+}  # fmt: skip
 
 
 class _Target:
@@ -180,6 +206,59 @@ def _launch_rows(
     )
 
 
+def _launch_divergence(
+    *,
+    logits: str,
+    V: int,
+    N: int = 64,
+    teacher: str | None = None,
+    divergence: str = "forward_kl",
+    mixture: float = 0.5,
+    gradient: str,
+    beside: str | None = None,
+    cap: float | None = None,
+    ignore_index: int = -100,
+) -> None:
+    """A divergence with its gradient; alone too, where the one does not take the other's kernel."""
+    from fused_losses.divergences import check_divergence
+    from fused_losses_kernels import lines
+    from fused_losses_kernels.row_divergence import row_divergence
+
+    def wide(name: str) -> str:
+        return "float64" if name == "float64" else "float32"
+
+    def new(*shape: int, dtype: str) -> torch.Tensor:
+        return torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
+
+    theirs = teacher or logits
+    per_row = new(N, dtype=wide(logits))
+    member = check_divergence(divergence, mixture)
+    for dz in (None, new(N, V, dtype=gradient))[member.slope_sum is None :]:
+        row_divergence(
+            new(N, V, dtype=logits),
+            new(N, V, dtype=theirs),
+            new(N, dtype="int64"),
+            new(lines.LINES, N, dtype=wide(logits)),
+            new(lines.LINES, N, dtype=wide(theirs)),
+            term=member.device_fn,
+            slope_sum=member.slope_sum,
+            parameter=member.parameter,
+            out=per_row,
+            dz=dz,
+            share=per_row if beside else None,
+            weight=per_row,
+            dlogp=per_row if beside else None,
+            dlse=per_row if beside == "all" else None,
+            dmean=per_row if beside == "all" else None,
+            dentropy=per_row if beside == "all" else None,
+            ignore_index=ignore_index,
+            pre=1.0,
+            cap=cap,
+            teacher_pre=1.0,
+            teacher_cap=cap,
+        )
+
+
 def _launch_segment_sum(dtype: torch.dtype) -> None:
     from fused_losses_kernels.segment_sum import segment_sum
 
@@ -192,20 +271,28 @@ def compile_target(target: str, *, quick: bool = False) -> Iterator[Record]:
 
     ``quick``: every launch row with the first case, the other cases in the longest row only.
     """
-    from fused_losses_kernels import row_gradient, row_pass, segment_sum
+    from fused_losses_kernels import divergence_gradient as of_divergence
+    from fused_losses_kernels import row_divergence, row_gradient, row_pass, segment_sum
 
     compiled = compile_only(
         target,
         row_pass._row_pass_kernel,
         row_gradient._row_gradient_kernel,
         segment_sum._segment_sum_kernel,
+        row_divergence._divergence_sums_kernel,
+        of_divergence.divergence_gradient_kernel,
     )
-    launches = [
-        (case, functools.partial(_launch_rows, V=V, **options))
-        for number, (case, options) in enumerate(ALIGNED.items())
-        for V in (VOCABULARIES if number == 0 or not quick else VOCABULARIES[-1:])
-    ]
-    launches += [(case, functools.partial(_launch_rows, **o)) for case, o in RAGGED.items()]
+    launches = []
+    for launch, aligned, ragged in (
+        (_launch_rows, ALIGNED, RAGGED),
+        (_launch_divergence, ALIGNED_DIVERGENCES, RAGGED_DIVERGENCES),
+    ):
+        launches += [
+            (case, functools.partial(launch, V=V, **options))
+            for number, (case, options) in enumerate(aligned.items())
+            for V in (VOCABULARIES if number == 0 or not quick else VOCABULARIES[-1:])
+        ]
+        launches += [(case, functools.partial(launch, **o)) for case, o in ragged.items()]
     for name, dtype in (("fp32", torch.float32), ("fp64", torch.float64)):
         launches.append((name, functools.partial(_launch_segment_sum, dtype)))
     seen = set()

@@ -57,7 +57,7 @@ def tile_bytes(rows: int, columns: int, route: Route, shape: LinearShape) -> int
     # The torch backend passes over blocks of rows; a single row may be larger than a block.
     block = max(columns, BLOCK_BYTES // max(shape.logits_dtype.itemsize, 4))
     logits = rows * row_stride(columns, shape.backend) * tile + min(rows * columns, block) * scratch
-    if shape.teacher_hidden:
+    if shape.teacher_hidden and (shape.backend == "torch" or not shape.divergence_in_kernel):
         wide = max(shape.logits_dtype.itemsize, 4)
         block = max(columns, DIVERGENCE_BLOCK_BYTES // wide)
         logits += min(rows * columns, block) * wide * _DIVERGENCE_TENSORS

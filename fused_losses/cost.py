@@ -4,7 +4,8 @@ With N tokens in b chunks and a vocabulary of V in k ranges, c, l and a the byte
 a logit and of an accumulator, x = NDc and w = VDc the bytes of hidden states and head:
 
     logits        2NDV FLOPs    read k x and b w, write NVl; the teacher's alike, of its own D
-    divergence                  read both sides' logits; with the gradient write NVc
+    divergence                  read both sides' logits; with the gradient write NVc (kernels read
+                                twice for a gradient, but for forward KL: not counted)
     row pass                    read NVl; with exponentials or the gradient write NVc
     row gradient                read NVl, write NVc
     dX            2NDV          read NVc and b w; write and read again (2k - 1) NDa
@@ -89,6 +90,7 @@ class LinearShape:
     whole_logits: bool = False  # the loss is a function of whole rows of logits, not of log-probs
     teacher_hidden: int = 0  # hidden size of a teacher whose logits stand beside them; 0: none
     teacher_dtype: torch.dtype = torch.float32  # in which its head computes
+    divergence_in_kernel: bool = True  # if the backend has kernels; else torch makes it
     sharded: bool = False  # other ranks hold the rest of the vocabulary
 
     @property

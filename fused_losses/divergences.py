@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from fused_losses.arguments import check_choice, check_number
+from fused_losses_kernels.elementary import exp, log1p
+from fused_losses_kernels.language import device_function, refuse_numbers, tl
 
 DivergenceName = Literal[
     "forward_kl", "reverse_kl", "jensen_shannon", "hellinger", "total_variation"
@@ -32,10 +34,27 @@ class Divergence:
         torch_fn: ``(log p, log q) -> (c, s)``, elementwise on tensors of one shape, fp32 or fp64: a
             word's part of the divergence, and its derivative with respect to log p, up to a
             multiple of p. Words that a model excludes have log-prob -inf. Not differentiated.
+        device_fn: The same as a ``@triton.jit`` function on blocks of fp32 or fp64 values; its
+            module must import ``triton.language``. A number that it reads from outside has to be a
+            ``tl.constexpr`` of its module, or the ``parameter``. Both results are finite where both
+            log-probs are -inf. None: the Triton backend calls ``torch_fn``.
+        slope_sum: What the slopes of a row add up to, where that is the same for all p and q: saves
+            the Triton backend a pass over the rows. None: it depends on them.
+        parameter: A number that ``device_fn`` takes as a third argument; of any value one kernel
+            serves. None: it takes none.
+
+    Raises:
+        TypeError: ``device_fn`` reads a Python number from outside that is no ``tl.constexpr``.
     """
 
     name: str
     torch_fn: TermAndSlope
+    device_fn: Any = None
+    slope_sum: float | None = None
+    parameter: float | None = None
+
+    def __post_init__(self) -> None:
+        refuse_numbers(self.device_fn, f"divergence {self.name!r}")
 
 
 def _product(weight: Tensor, log_ratio: Tensor) -> Tensor:
@@ -53,6 +72,38 @@ def _reverse_kl(logp: Tensor, logq: Tensor) -> tuple[Tensor, Tensor]:
     return c, c  # and p, which drops out
 
 
+@device_function
+def _device_product(weight, log_ratio):
+    return tl.where(weight == 0.0, 0.0, weight * log_ratio)
+
+
+@device_function
+def _device_forward_kl(logp, logq):
+    q = exp(logq)
+    return _device_product(q, logq - logp), -q
+
+
+@device_function
+def _device_reverse_kl(logp, logq):
+    c = _device_product(exp(logp), logp - logq)
+    return c, c
+
+
+@device_function
+def _device_hellinger(logp, logq):
+    root = exp(0.5 * logp)
+    d = root - exp(0.5 * logq)
+    return d * d, root * d
+
+
+@device_function
+def _device_total_variation(logp, logq):
+    p = exp(logp)
+    d = p - exp(logq)
+    sign = tl.where(d > 0.0, 0.5, tl.where(d < 0.0, -0.5, 0.0 * d))  # NaN of NaN
+    return sign * d, p * sign
+
+
 def _hellinger(logp: Tensor, logq: Tensor) -> tuple[Tensor, Tensor]:
     root = (logp / 2.0).exp()
     d = root - (logq / 2.0).exp()
@@ -62,10 +113,10 @@ def _hellinger(logp: Tensor, logq: Tensor) -> tuple[Tensor, Tensor]:
 def _total_variation(logp: Tensor, logq: Tensor) -> tuple[Tensor, Tensor]:
     p = logp.exp()
     d = p - logq.exp()
-    return d.abs() / 2.0, p * d.sign() / 2.0
+    return d.abs() / 2.0, p * torch.where(d == d, d.sign(), d) / 2.0  # the sign of NaN is 0
 
 
-def _jensen_shannon(mixture: float) -> TermAndSlope:
+def _jensen_shannon(mixture: float) -> Divergence:
     of_q, of_p = math.log(mixture), math.log1p(-mixture)
 
     def term_and_slope(logp: Tensor, logq: Tensor) -> tuple[Tensor, Tensor]:
@@ -73,14 +124,27 @@ def _jensen_shannon(mixture: float) -> TermAndSlope:
         mine = (1.0 - mixture) * _product(logp.exp(), logp - logm)
         return mine + mixture * _product(logq.exp(), logq - logm), mine
 
-    return term_and_slope
+    device_fn = _device_jensen_shannon
+    return Divergence("jensen_shannon", term_and_slope, device_fn, parameter=mixture)
 
 
-_PLAIN: dict[str, TermAndSlope] = {
-    "forward_kl": _forward_kl,
-    "reverse_kl": _reverse_kl,
-    "hellinger": _hellinger,
-    "total_variation": _total_variation,
+@device_function
+def _device_jensen_shannon(logp, logq, mixture):
+    p, q = logp + log1p(-mixture), logq + tl.log(mixture)
+    most = tl.where(p > q, p, q)  # unlike a maximum, NaN if either is
+    logm = most + log1p(exp(tl.where(p > q, q, p) - most))  # NaN times nothing if both are -inf
+    mine = (1.0 - mixture) * _device_product(exp(logp), logp - logm)
+    return mine + mixture * _device_product(exp(logq), logq - logm), mine
+
+
+_PLAIN: dict[str, Divergence] = {
+    d.name: d
+    for d in (
+        Divergence("forward_kl", _forward_kl, _device_forward_kl, slope_sum=-1.0),
+        Divergence("reverse_kl", _reverse_kl, _device_reverse_kl),
+        Divergence("hellinger", _hellinger, _device_hellinger),
+        Divergence("total_variation", _total_variation, _device_total_variation),
+    )
 }
 DIVERGENCES = ("forward_kl", "reverse_kl", "jensen_shannon", "hellinger", "total_variation")
 
@@ -102,13 +166,13 @@ def check_divergence(divergence: Any, mixture: Any) -> Divergence:
         check_choice("divergence", divergence, DIVERGENCES)
     mixture = check_number("mixture", mixture, low=0.0, high=1.0)
     if divergence == "jensen_shannon":
-        return Divergence(divergence, _jensen_shannon(mixture))
+        return _jensen_shannon(mixture)
     if mixture != 0.5:
         name = divergence.name if own else divergence
         raise ValueError(
             f"mixture={mixture} belongs to divergence='jensen_shannon', got {name!r}; leave it out"
         )
-    return divergence if own else Divergence(divergence, _PLAIN[divergence])
+    return divergence if own else _PLAIN[divergence]
 
 
 def check_teacher(

@@ -63,6 +63,7 @@ _IN_RANGES = _TILES + "adversarial_rows_are_right_in_any_ranges"
 _STATISTICS = _LA + "statistics_lie_within_n1_of_float64"
 _MEMBERS = _LO + "every_member_reduces_as_specified"
 _COMPOSE = _LO + "options_compose_as_specified"
+_ROWS = "row_divergence::kernels_give_what_torch_does"
 _FUZZ = "fuzz::a_random_call_gives_what_the_reference_gives"
 
 KERNELS = [
@@ -150,6 +151,31 @@ KERNELS = [
         "kernels/fused_losses_kernels/row_gradient.py",
         ("the mean logit's gradient is that of a range", ".to(ACC) / V", ".to(ACC) / C",
          _TILES + "a_row_gradient_in_ranges_is_that_of_whole_rows"),
+    ),
+    *_in(
+        "kernels/fused_losses_kernels/row_divergence.py",
+        ("the tail's parts are not masked", "found += tl.where(there, c, 0.0)", "found += c",
+         _ROWS),
+        ("the tail's slopes are not masked", "total += tl.where(there, s, 0.0)", "total += s",
+         _ROWS),
+        ("an ignored row has what memory held", "tl.store(out_ptr + n, 0.0)", "pass", _ROWS),
+        ("a teacher of more columns is taken", "if teacher_z.shape[-1] != C:",
+         "if teacher_z.shape[-1] < C:", "kernel_operands::a_divergence_refuses"),
+    ),
+    *_in(
+        "kernels/fused_losses_kernels/divergence_gradient.py",
+        ("a confident label is rounded away", "p_y > 0.5, rest", "p_y > 2.0, rest",
+         "row_divergence::the_gradient_of_a_confident_label_keeps_its_relative_accuracy"),
+        ("the sum of slopes lacks the share", "- total * share", "- total", _ROWS),
+        ("the mean logit's gradient lacks the weight", "mean = weight * (", "mean = factor * (",
+         _ROWS),
+        ("all words take the label's part", "of_p = of_label - dlogp", "of_p = of_label", _ROWS),
+        ("0 times the log of 0 is NaN", "tl.maximum(logp, LEAST)", "(logp)", _ROWS),
+    ),
+    *_in(
+        "kernels/fused_losses_kernels/divergence_words.py",
+        ("the teacher's logits get the student's shift", "(t - teacher_shift)", "(t - shift)",
+         _ROWS),
     ),
     *_in(
         "kernels/fused_losses_kernels/row_results.py",
@@ -434,6 +460,9 @@ PLANS = [
     ),
     *_in(
         "fused_losses/chunk_bytes.py",
+        ("what torch makes for the kernels is free",
+         'shape.backend == "torch" or not shape.divergence_in_kernel', 'shape.backend == "torch"',
+         "divergences::what_torch_makes_for_the_kernels_is_in_the_budget"),
         ("upcast operands are free", "return 4 * elements", "return 0 * elements",
          "small_vocabularies", "linear_memory"),
         ("copies of hidden states are free", "return hidden * D + teacher", "return teacher",
@@ -519,6 +548,14 @@ LOSSES = [
         ("the mixture is turned round", "math.log(mixture), math.log1p(-mixture)",
          "math.log1p(-mixture), math.log(mixture)",
          "divergences::from_logits_it_equals_the_specification"),
+        ("the kernels turn the mixture round",
+         "logp + log1p(-mixture), logq + tl.log(mixture)",
+         "logp + tl.log(mixture), logq + log1p(-mixture)",
+         "divergences::from_logits_it_equals_the_specification"),
+        ("the kernels give NaN a sign", "-0.5, 0.0 * d))", "-0.5, 0.0))",
+         "row_divergence::nan_on_either_side_makes_its_row_nan_and_no_other"),
+        ("torch gives NaN a sign", "torch.where(d == d, d.sign(), d)", "d.sign()",
+         "row_divergence::nan_on_either_side_makes_its_row_nan_and_no_other"),
     ),
 ]  # fmt: skip
 

@@ -43,7 +43,11 @@ ONLY = {
     "stats": set(),
     "arguments": set(),
     "preference": {"arguments"},
-    "divergences": {"arguments"},
+    "divergences": {
+        "arguments",
+        "fused_losses_kernels.language",
+        "fused_losses_kernels.elementary",
+    },
     "sparse_teacher": {"arguments", "divergences"},
     "policy": {"arguments"},
     "token_losses": {"fused_losses_kernels.language", "fused_losses_kernels.elementary"},

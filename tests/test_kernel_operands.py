@@ -10,7 +10,9 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 
+from fused_losses.divergences import check_divergence
 from fused_losses_kernels import lines
+from fused_losses_kernels.row_divergence import row_divergence
 from fused_losses_kernels.row_gradient import row_gradient
 from fused_losses_kernels.row_pass import row_pass
 from fused_losses_kernels.segment_sum import segment_sum
@@ -49,6 +51,21 @@ def _differentiated(device: torch.device, **changes: Any) -> None:
     row_gradient(given.pop("z"), given.pop("y"), given.pop("rows"), **given)
 
 
+def _diverged(device: torch.device, **changes: Any) -> None:
+    given: dict[str, Any] = dict(
+        z=torch.randn(N, V), teacher_z=torch.randn(N, V), y=torch.arange(N),
+        rows=torch.ones(lines.LINES, N), teacher_rows=torch.ones(lines.LINES, N),
+        term=check_divergence("reverse_kl", 0.5).device_fn, slope_sum=None, parameter=None,
+        out=torch.empty(N), dz=torch.empty(N, V), share=None, weight=None, dlogp=None, dlse=None,
+        dmean=None, dentropy=None, ignore_index=-100, pre=1.0, cap=None, teacher_pre=1.0,
+        teacher_cap=None,
+    )  # fmt: skip
+    given |= changes
+    given = {k: _there(t, device) if isinstance(t, Tensor) else t for k, t in given.items()}
+    sides = [given.pop(name) for name in ("z", "teacher_z", "y", "rows", "teacher_rows")]
+    row_divergence(*sides, **given)
+
+
 STRIDED = torch.ones(N, 2)[:, 0]
 SHARED: dict[str, Any] = {
     "labels with a stride": ("y", torch.zeros(N, 2, dtype=torch.int64)[:, 0]),
@@ -81,6 +98,22 @@ DIFFERENTIATED = {
 }
 
 
+_IN_BOTH = {k: v for k, v in SHARED.items() if v[0] != "first_column"}
+DIVERGED = {
+    **_IN_BOTH,
+    **{f"of the teacher, {k}": (f"teacher_{v[0]}", v[1])
+       for k, v in _IN_BOTH.items() if v[0] != "y"},
+    "a teacher of other columns": ("teacher_z", torch.randn(N, V + 1)),
+    **{f"{name} with a stride": (name, STRIDED)
+       for name in ("out", "share", "weight", "dlogp", "dlse", "dmean", "dentropy")},
+    "results of other rows": ("out", torch.empty(N + 1)),
+    "results of another dtype": ("out", torch.empty(N, dtype=torch.float64)),
+    "a coefficient without that of the label": ("dlse", torch.ones(N)),
+    "a gradient of another shape": ("dz", torch.empty(N, V + 1)),
+    "a gradient with a stride": ("dz", torch.empty(N, 2 * V)[:, ::2]),
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(("name", "wrong"), (SHARED | PASSED).values(), ids=SHARED | PASSED)
 def test_a_row_pass_refuses(device: torch.device, name: str, wrong: Any) -> None:
     with pytest.raises(ValueError, match=r"must be|beyond a vocabulary"):
@@ -95,10 +128,19 @@ def test_a_row_gradient_refuses(device: torch.device, name: str, wrong: Any) -> 
         _differentiated(device, **{name: wrong})
 
 
+@pytest.mark.parametrize(("name", "wrong"), DIVERGED.values(), ids=DIVERGED)
+def test_a_divergence_refuses(device: torch.device, name: str, wrong: Any) -> None:
+    named = "rows" if wrong.numel() == N - 1 else name  # fewer labels: the rest is too long
+    with pytest.raises(ValueError, match=rf"\b{named}\b.* must"):
+        _diverged(device, **{name: wrong})
+
+
 def test_what_fits_is_taken(device: torch.device) -> None:
     _passed(device, y=torch.zeros(N, dtype=torch.int32), ref=torch.ones(N), z=torch.randn(V, N).t())
     _passed(device, z=torch.randn(2, 2, V), exponentials=torch.empty(N, 2 * V)[:, :V])
     _differentiated(device, dz=torch.empty(N, 2 * V)[:, :V], dlse=torch.ones(N))
+    _diverged(device, teacher_z=torch.randn(2, V, 2).mT, dlogp=torch.ones(N), dlse=torch.ones(N))
+    _diverged(device, teacher_rows=torch.ones(lines.LINES, N).double(), dz=None)
 
 
 @pytest.mark.parametrize(

@@ -20,22 +20,37 @@ import kernel_report  # noqa: E402
 pytestmark = pytest.mark.xdist_group("offline")
 
 
-def test_any_number_of_rows_runs_the_same_kernels() -> None:
+def test_any_number_of_rows_and_any_mixture_run_the_same_kernels() -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     words = [sys.executable, __file__]
     done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-4000:]
-    assert json.loads(done.stdout) == {"row_pass": 1, "row_gradient": 1}
+    first, *others = json.loads(done.stdout)
+    assert len(first) == 4
+    assert all(other == first for other in others)
 
 
 if __name__ == "__main__":
-    from fused_losses_kernels import row_gradient, row_pass
+    from fused_losses_kernels import divergence_gradient, row_divergence, row_gradient, row_pass
 
-    kernels = (row_pass._row_pass_kernel, row_gradient._row_gradient_kernel)
-    compiled = kernel_report.compile_only("sm_90", *kernels)
+    compiled = kernel_report.compile_only(
+        "sm_90",
+        row_pass._row_pass_kernel,
+        row_gradient._row_gradient_kernel,
+        row_divergence._divergence_sums_kernel,
+        divergence_gradient.divergence_gradient_kernel,
+    )
+    found = []
     for rows in (1, 127, 128, 4096):
+        compiled.clear()
         kernel_report._launch_rows(logits="bfloat16", V=1024, N=rows, loss="mle")
-    print(json.dumps({
-        name: len({k.hash for k in compiled if name in k.metadata.name})
-        for name in ("row_pass", "row_gradient")
-    }))  # fmt: skip
+        kernel_report._launch_divergence(
+            logits="float32",
+            V=1024,
+            N=rows,
+            divergence="jensen_shannon",
+            mixture=rows / 8192,
+            gradient="bfloat16",
+        )
+        found.append(sorted({kernel.hash for kernel in compiled}))
+    print(json.dumps(found))

@@ -7,14 +7,14 @@ import contextlib
 import torch
 from torch import Tensor
 
-from fused_losses.backends.base import Coefficients, Objective, RowMaths, Weight
-from fused_losses.backends.torch_divergence import row_divergence
+from fused_losses.backends.base import Coefficients, Objective, RowMaths, Sides, Weight
+from fused_losses.backends.torch_divergence import row_divergence as in_torch
+from fused_losses.divergences import Divergence
+from fused_losses_kernels import row_divergence as divergence_kernel
 from fused_losses_kernels import row_gradient as gradient_kernel
 from fused_losses_kernels import row_pass as forward_kernel
 from fused_losses_kernels import segment_sum as segment_kernel
 from fused_losses_kernels.launch import INTERPRETED
-
-__all__ = ["interpreted", "name", "row_divergence", "row_gradient", "row_pass", "segment_sum"]
 
 name = "triton"
 interpreted: bool = INTERPRETED
@@ -95,6 +95,62 @@ def row_gradient(
             cap=maths.cap,
             first_column=first_column,
             V=vocabulary or z.shape[-1],
+        )
+
+
+def row_divergence(
+    sides: Sides,
+    y: Tensor,
+    *,
+    divergence: Divergence,
+    maths: RowMaths,
+    teacher_maths: RowMaths,
+    ignore_index: int,
+    out: Tensor,
+    gradient: Tensor | None = None,
+    c: Coefficients | None = None,
+    share: Tensor | None = None,
+    weight: Tensor | None = None,
+) -> None:
+    """See :class:`fused_losses.backends.Backend`; without a device function, in torch."""
+    if divergence.device_fn is None:
+        in_torch(
+            sides,
+            y,
+            divergence=divergence,
+            maths=maths,
+            teacher_maths=teacher_maths,
+            ignore_index=ignore_index,
+            out=out,
+            gradient=gradient,
+            c=c,
+            share=share,
+            weight=weight,
+        )
+        return
+    with _device_of(sides.z):
+        divergence_kernel.row_divergence(
+            sides.z,
+            sides.teacher_z,
+            y,
+            sides.rows.contiguous(),
+            sides.teacher_rows.contiguous(),
+            term=divergence.device_fn,
+            slope_sum=divergence.slope_sum,
+            parameter=divergence.parameter,
+            out=out,
+            dz=gradient,
+            share=_contiguous(share),
+            weight=_contiguous(weight),
+            dlogp=None if c is None else c.dlogp.contiguous(),
+            dlse=None if c is None else _contiguous(c.dlse),
+            dmean=None if c is None else _contiguous(c.dmean),
+            dentropy=None if c is None else _contiguous(c.dentropy),
+            ignore_index=ignore_index,
+            pre=maths.pre,
+            cap=maths.cap,
+            teacher_pre=teacher_maths.pre,
+            teacher_cap=teacher_maths.cap,
         )
 
 

@@ -190,7 +190,9 @@ def linear_divergence_loss(
 
     call = source.call(None, entropy=statistics_wanted())
     tokens = source.tokens(target)
-    return token_losses_of_rows(source, tokens, options, call, step, **teacher.shape)
+    in_kernel = asked.divergence.device_fn is not None
+    shape = teacher.shape | {"divergence_in_kernel": in_kernel}
+    return token_losses_of_rows(source, tokens, options, call, step, **shape)
 
 
 def _call(

@@ -7,14 +7,15 @@ continuation begins; kernels, chunking, reductions and autograd are written once
 
 from __future__ import annotations
 
-import dis
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from fused_losses_kernels.language import refuse_numbers
 
 PhiAndWeight = Callable[[Tensor], tuple[Tensor, Tensor]]
 
@@ -52,14 +53,7 @@ class TokenLoss:
     uses_reference: bool = True
 
     def __post_init__(self) -> None:
-        # The interpreter would take such a number, and the compiler refuse it on the first GPU.
-        for name, value in _read_from_outside(self.device_fn):
-            if isinstance(value, bool | int | float):
-                raise TypeError(
-                    f"device_fn of loss {self.name!r} reads {name} = {value!r} from outside, which "
-                    f"does not compile: expected a constant, got a Python {type(value).__name__}; "
-                    f"write {name} = tl.constexpr({value!r})"
-                )
+        refuse_numbers(self.device_fn, f"loss {self.name!r}")
 
     def left_end(self, max_weight: float) -> float:
         """Return where the continuation begins, -inf if there is none."""
@@ -83,27 +77,3 @@ class TokenLoss:
         # Clamp the argument first: a where around a pole would give NaN gradients under autograd.
         phi, weight = self.torch_fn(torch.where(r < end, end, r))
         return phi + weight * torch.where(r < end, r - end, 0.0), weight
-
-
-def _read_from_outside(device_fn: Any) -> Iterator[tuple[str, Any]]:
-    """Names and values that a device function, and those it calls, take from around them."""
-    waiting, seen = [device_fn], set()
-    while waiting:
-        fn = waiting.pop()
-        fn = getattr(fn, "fn", fn)  # beneath triton.jit
-        code = getattr(fn, "__code__", None)
-        if code is None or code in seen:
-            continue
-        seen.add(code)
-        around = dict(zip(code.co_freevars, fn.__closure__ or (), strict=True))
-        for step in dis.get_instructions(code):
-            name = step.argval
-            if step.opname == "LOAD_GLOBAL" and name in fn.__globals__:
-                value = fn.__globals__[name]
-            elif step.opname == "LOAD_DEREF" and name in around:
-                value = around[name].cell_contents
-            else:
-                continue
-            yield name, value
-            if hasattr(value, "fn"):
-                waiting.append(value)

@@ -16,8 +16,10 @@ from fused_losses_kernels import lines
 _FLOATS = (torch.float32, torch.float64)
 
 
-def check_rows(z: Tensor, y: Tensor, rows: Tensor, first_column: int, V: int) -> None:
-    """Check logits, labels and row results against each other.
+def check_rows(
+    z: Tensor, y: Tensor, rows: Tensor, first_column: int, V: int, *, of: str = ""
+) -> None:
+    """Check logits, labels and row results against each other; ``of`` goes before their names.
 
     Raises:
         ValueError: Labels that are no contiguous int32 or int64 vector, row results that are not
@@ -28,9 +30,9 @@ def check_rows(z: Tensor, y: Tensor, rows: Tensor, first_column: int, V: int) ->
     if y.dim() != 1 or y.dtype not in (torch.int64, torch.int32) or not y.is_contiguous():
         _refuse("y", "a contiguous (N,) of int64 or int32", y)
     if rows.shape != (lines.LINES, N) or rows.dtype not in _FLOATS or not rows.is_contiguous():
-        _refuse("rows", f"a contiguous ({lines.LINES}, {N}) of float32 or float64", rows)
+        _refuse(f"{of}rows", f"a contiguous ({lines.LINES}, {N}) of float32 or float64", rows)
     if z.dim() not in (2, 3) or z.numel() != N * C:
-        _refuse("z", f"(N, V) or (B, T, V) of {N} rows", z)
+        _refuse(f"{of}z", f"(N, V) or (B, T, V) of {N} rows", z)
     if not 0 <= first_column <= V - C:
         raise ValueError(f"z holds {C} columns from {first_column} on, beyond a vocabulary of {V}")
 

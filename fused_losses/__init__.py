@@ -68,7 +68,7 @@ from fused_losses.preference import LossType, preference_loss
 from fused_losses.stats import TokenStats
 from fused_losses.token_losses import TOKEN_LOSSES, TokenLoss
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "DIVERGENCES",

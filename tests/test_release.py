@@ -7,6 +7,8 @@ from pathlib import Path
 
 import yaml
 
+import fused_losses
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -44,3 +46,12 @@ def test_the_forms_of_issues_ask_for_what_they_need():
         ids = [field["id"] for field in form["body"]]
         assert len(ids) == len(set(ids))
         assert all(field["attributes"]["label"] for field in form["body"])
+
+
+def test_one_version_is_named_everywhere():
+    citation = load("CITATION.cff")
+    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    newest = re.search(r"^## (\d+\.\d+\.\d+) - (\d{4}-\d\d-\d\d)$", changes, re.MULTILINE)
+    assert newest, "CHANGELOG.md: no heading of a release with its date"
+    assert newest[1] == citation["version"] == fused_losses.__version__
+    assert newest[2] == str(citation["date-released"])

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+import scaling
 import torch
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
@@ -185,6 +186,32 @@ def draw_timeline(axes: Axes, rows: dict[str, list[Span]]) -> None:
     axes.spines[:].set_visible(False)
 
 
+def draw_scaling() -> None:
+    """What a 70B model's head takes on 8 to 1024 GPUs, by the model of the page."""
+    fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6))
+    ranks = scaling.RANKS
+    for (name, shared), colour in zip(
+        scaling.LAYOUTS.items(), ("tab:blue", "tab:orange"), strict=True
+    ):
+        plans = [scaling.plan_of(shared, n) for n in ranks]
+        own = [1e3 * plan.compute_seconds for plan in plans]
+        exchanged = [1e3 * plan.communication_seconds for plan in plans]
+        left.plot(ranks, own, color=colour, linestyle="--", label=f"{name}: own work")
+        left.plot(ranks, exchanged, color=colour, marker=".", label=f"{name}: exchange")
+        held = [plan.memory_bytes / 2**30 for plan in plans]
+        right.plot(ranks, held, color=colour, marker=".", label=name)
+    logits = 2 * 4 * scaling.TOKENS * scaling.V / 2**30
+    right.axhline(logits, color="0.4", linestyle=":", label="logits and gradient alone, float32")
+    left.set(ylabel="ms per call", ylim=0)
+    right.set(ylabel="GiB per GPU", ylim=0)
+    for axes in (left, right):
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(ranks, [str(n) for n in ranks])
+        axes.set_xlabel("GPUs")
+        axes.legend(frameon=False, fontsize=7)
+    save(fig, "scaling")
+
+
 def save(fig: Any, name: str) -> None:
     for axes in fig.axes:
         axes.spines[["top", "right"]].set_visible(False)
@@ -193,7 +220,13 @@ def save(fig: Any, name: str) -> None:
     plt.close(fig)
 
 
-DRAWINGS: tuple[Callable[[], None], ...] = (draw_family, draw_losses, draw_pairs, draw_memory)
+DRAWINGS: tuple[Callable[[], None], ...] = (
+    draw_family,
+    draw_losses,
+    draw_pairs,
+    draw_memory,
+    draw_scaling,
+)
 
 if __name__ == "__main__":
     # The same file from the same numbers: no random ids, and text stays text.

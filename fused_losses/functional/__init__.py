@@ -1,5 +1,6 @@
 """The public functions: each checks its arguments, plans, runs, reduces."""
 
+from fused_losses.functional.cluster import Cluster, ClusterPlan, Collective
 from fused_losses.functional.divergence import divergence_loss, linear_divergence_loss
 from fused_losses.functional.kto import kto_loss, linear_kto_loss
 from fused_losses.functional.linear import (
@@ -39,6 +40,9 @@ from fused_losses.functional.statistics import linear_token_stats, token_stats
 __all__ = [
     "AnchoredOptions",
     "AnchoredStats",
+    "Cluster",
+    "ClusterPlan",
+    "Collective",
     "CommonOptions",
     "KTOStats",
     "LinearOptions",

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextvars import ContextVar
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
+from fused_losses.functional.cluster import Cluster, ClusterPlan, HeldHead, plan_on
 from fused_losses.plan import Plan
 from fused_losses.stats import TokenStats
 
@@ -119,6 +120,8 @@ class _Explained(BaseException):
 @dataclass
 class _Observer:
     explaining: bool = False
+    cluster: Cluster | None = None
+    held: HeldHead = field(default_factory=HeldHead)
     stats: Stats | None = None
 
 
@@ -139,6 +142,19 @@ def explaining() -> bool:
     """Whether the running call is only being explained, maybe on one rank alone."""
     observer = _current()
     return observer is not None and observer.explaining
+
+
+def cluster_asked() -> Cluster | None:
+    """The machines that the running call is explained for, if it is."""
+    observer = _current()
+    return None if observer is None else observer.cluster
+
+
+def report_head(held: HeldHead) -> None:
+    """Tell what a rank holds of the head of the call that is being explained."""
+    observer = _current()
+    if observer is not None:
+        observer.held = held
 
 
 def report_stats(make_stats: Callable[[], Stats]) -> None:
@@ -196,26 +212,46 @@ def with_stats(fn: Callable[..., Tensor], *args: Any, **kwargs: Any) -> tuple[Te
     return loss, observer.stats
 
 
-def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Plan:
+@overload
+def explain(fn: Callable[..., Any], *args: Any, cluster: Cluster, **kwargs: Any) -> ClusterPlan: ...
+
+
+@overload
+def explain(fn: Callable[..., Any], *args: Any, cluster: None = None, **kwargs: Any) -> Plan: ...
+
+
+def explain(
+    fn: Callable[..., Any], *args: Any, cluster: Cluster | None = None, **kwargs: Any
+) -> Plan:
     """Tell what a call would do, without running it: route, chunks, FLOPs, bytes, kernels.
 
     Args:
         fn: Any function of ``fused_losses`` on logits or hidden states, or its module.
-        *args: Its arguments.
+        *args: Its arguments; tensors may be on the meta device.
+        cluster: The GPUs that the call would run on. The arguments are then the whole head (or
+            logits) and what one of the data ranks would give; each of the ranks that share a
+            vocabulary is planned with its part of it.
         **kwargs: Its options.
 
     Returns:
         The :class:`fused_losses.Plan`; ``str(plan)`` is a line for people. ``flops`` counts the
-        GEMMs of forward and backward together.
+        GEMMs of forward and backward together. With a cluster the
+        :class:`fused_losses.ClusterPlan` of one of its ranks.
 
     Raises:
-        TypeError: ``fn`` makes no plan (``preference_loss``, the reference).
+        TypeError: ``fn`` makes no plan (``preference_loss``, the reference); ``cluster`` is none.
+        ValueError: A head for a cluster that is a DTensor already, or has fewer words than ranks.
     """
-    token = _observer.set(_Observer(explaining=True))
+    if cluster is not None and not isinstance(cluster, Cluster):
+        raise TypeError(f"cluster must be a fused_losses.Cluster, got {type(cluster).__name__}")
+    observer = _Observer(explaining=True, cluster=cluster)
+    token = _observer.set(observer)
     try:
         fn(*args, **kwargs)
     except _Explained as explained:
-        return explained.plan
+        if cluster is None:
+            return explained.plan
+        return plan_on(cluster, explained.plan, observer.held)
     finally:
         _observer.reset(token)
     name = getattr(fn, "__name__", fn)

@@ -8,7 +8,7 @@ them raise the same error.
 from __future__ import annotations
 
 import zlib
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,8 @@ from torch import Tensor
 from fused_losses.arguments import has_data, is_dtensor, refuse_unserved
 from fused_losses.engine.call import Call
 from fused_losses.engine.sharded_rows import IGNORED, VocabularyShard
-from fused_losses.functional.observe import explaining
+from fused_losses.functional.cluster import HeldHead, SharedPlan
+from fused_losses.functional.observe import cluster_asked, explaining, report_head
 from fused_losses.functional.options import Options
 from fused_losses.functional.tokens import Tokens
 from fused_losses.plan import Plan
@@ -38,6 +39,8 @@ def open_head(input: Any, weight: Any, bias: Any) -> tuple[Any, Any, Any, Vocabu
         RuntimeError: Under ``torch.compile``.
     """
     input = unwrap(input)
+    if cluster_asked() is not None:
+        return _explained_head(input, unwrap(weight), unwrap(bias))
     shard = _shard_of("linear_weight", weight, 0)
     if shard is None:
         return input, unwrap(weight), unwrap(bias), None
@@ -64,8 +67,50 @@ def open_logits(logits: Any) -> tuple[Any, VocabularyShard | None]:
         ValueError: A rank without a column.
         RuntimeError: Under ``torch.compile``.
     """
+    if cluster_asked() is not None:
+        shard = _explained_shard("logits", logits, -1)
+        return (logits, None) if shard is None else (logits[..., : shard.largest], shard)
     shard = _shard_of("logits", logits, -1)
     return (unwrap(logits), None) if shard is None else (logits.to_local(), shard)
+
+
+def _explained_head(
+    input: Any, weight: Any, bias: Any
+) -> tuple[Any, Any, Any, VocabularyShard | None]:
+    """Return what the first rank of the cluster in question would hold of a head."""
+    shard = _explained_shard("linear_weight", weight, 0)
+    if shard is not None:
+        weight = weight[: shard.largest]
+        bias = bias[: shard.largest] if isinstance(bias, Tensor) else bias
+    hidden, *head = (
+        t.numel() * t.element_size() if isinstance(t, Tensor) else 0 for t in (input, weight, bias)
+    )
+    report_head(HeldHead(sum(head), hidden))
+    return input, weight, bias, shard
+
+
+def _explained_shard(name: str, t: Any, dim: int) -> VocabularyShard | None:
+    """Return the part of a rank of the cluster in question; None if each has the whole.
+
+    Raises:
+        ValueError: A DTensor, which lies on ranks already; fewer words than ranks.
+    """
+    cluster = cluster_asked()
+    if is_dtensor(t):
+        raise ValueError(f"with a cluster {name} must be a whole tensor, got a DTensor")
+    if cluster is None or cluster.vocabulary_ranks == 1 or not isinstance(t, Tensor) or not t.dim():
+        return None
+    return _filled(name, VocabularyShard("explained", 0, cluster.vocabulary_ranks, t.shape[dim]))
+
+
+def _filled(name: str, shard: VocabularyShard) -> VocabularyShard:
+    """Refuse parts without a column."""
+    if shard.size_of(shard.ranks - 1) == 0:
+        raise ValueError(
+            f"{name} has {shard.vocabulary} words for {shard.ranks} ranks, so that the last one "
+            "holds none; shard it over fewer"
+        )
+    return shard
 
 
 def _placed(t: Any) -> bool:
@@ -86,13 +131,9 @@ def _shard_of(name: str, t: Any, dim: int) -> VocabularyShard | None:
             "outside torch.compile (torch.compiler.disable)"
         )
     mesh, V = t.device_mesh, t.shape[dim]
-    shard = VocabularyShard.of(mesh.get_group(), mesh.get_local_rank(), mesh.size(), V)
-    if shard.size_of(shard.ranks - 1) == 0:
-        raise ValueError(
-            f"{name} has {V} words for {shard.ranks} ranks, so that the last one holds none; "
-            "shard it over fewer"
-        )
-    return shard
+    return _filled(
+        name, VocabularyShard.of(mesh.get_group(), mesh.get_local_rank(), mesh.size(), V)
+    )
 
 
 def shared_tokens(
@@ -168,32 +209,6 @@ def refuse_shared(shard: VocabularyShard | None, what: str) -> None:
             f"{what} takes whole rows of logits, and {shard.ranks} ranks share the vocabulary; "
             "gather the head first (redistribute(placements=[Replicate()])), or use a loss of "
             "log-probs: linear_loss without logits=True, the token and pair losses"
-        )
-
-
-@dataclass(frozen=True)
-class SharedPlan(Plan):
-    """The plan of one of several ranks that share a vocabulary; all have the same.
-
-    Attributes:
-        ranks: How many they are; ``vocabulary`` is the largest part.
-        gathered_bytes: What a rank sends of each token, in one all-gather per chunk.
-        reduced_bytes: What it sends in the one all-reduce of a call, 0 without one.
-    """
-
-    ranks: int
-    gathered_bytes: int
-    reduced_bytes: int
-
-    def __str__(self) -> str:
-        """One line for people."""
-        reduced = ""
-        if self.reduced_bytes:
-            reduced = f", one all-reduce of dX, {self.reduced_bytes / 2**20:.1f} MiB"
-        return (
-            f"{super().__str__()}; one of {self.ranks} ranks that share the vocabulary: "
-            f"{len(self.chunks)} all-gather(s) of {self.gathered_bytes} bytes per token{reduced}, "
-            "and one of 6 integers"
         )
 
 

@@ -561,6 +561,18 @@ LOSSES = [
 
 FUNCTIONAL = [
     *_in(
+        "fused_losses/functional/cluster.py",
+        ("an all-reduce of dX goes around the ring once", "2 * plan.reduced_bytes",
+         "plan.reduced_bytes", "cluster::seconds_are_those_of_the_stated_model"),
+        ("a ring passes the own part too", "(ranks - 1) / ranks * passed", "passed",
+         "cluster::seconds_are_those_of_the_stated_model"),
+        ("row states are those of one rank", "size * ranks, seconds)", "size, seconds)",
+         "cluster::processes_exchange_and_compute_what_the_plan_of_their_cluster_says"),
+        ("a head that is not trained has a gradient to exchange",
+         "trained = Step.DW in plan.steps", "trained = True",
+         "cluster::processes_exchange_and_compute_what_the_plan_of_their_cluster_says"),
+    ),
+    *_in(
         "fused_losses/functional/tokens.py",
         ("a shift moves the other way", "t = t.roll(-1, -1)", "t = t.roll(1, -1)",
          "linear_units::leading_dimensions_are_free_and_a_shift_is_a_slice", _FUZZ),

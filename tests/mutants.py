@@ -786,6 +786,21 @@ TRAINERS = [
         ("an infinite loss goes on", "value - value != 0.0", "value != value",
          "trainer_training::a_loss_that_is_not_finite_stops_before_anything_is_saved",
          "trainer_watch::an_infinite_loss_is_no_more_finite_than_nan"),
+        ("the last process that met a loss is blamed", "key=lambda of: of[0]",
+         "key=lambda of: -of[0]",
+         "trainer_watch::of_all_processes_the_earliest_bad_step_is_blamed"),
+    ),
+    *_in(
+        "fused_losses/trainer/batches.py",
+        ("what fills up a full last batch is masked", "% (n * ranks) or n * ranks",
+         "% (n * ranks)", "trainer_distributed::two_processes_log_what_one_does"),
+        ("the tokens of repeats are counted", 'inputs["num_tokens"][new]', 'inputs["num_tokens"]',
+         "trainer_distributed::two_processes_log_what_one_does"),
+    ),
+    *_in(
+        "fused_losses/trainer/loaders.py",
+        ("what fills up an epoch is trained on", "map(self._without_repeats, epoch_iterator)",
+         "epoch_iterator", "trainer_distributed::two_processes_log_what_one_does"),
     ),
     *_in(
         "fused_losses/trainer/callbacks.py",

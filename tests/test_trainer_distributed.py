@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
+import re
 import socket
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ import torch
 import torch.distributed as dist
 from tiny_training import dpo_config, history, llama, pair_rows, sft_config, sft_rows
 
-from fused_losses.trainer import DPOTrainer, SFTTrainer
+from fused_losses.trainer import DPOTrainer, RewardStabilizationCallback, SFTTrainer
 
 RANKS = 2
 METRICS = ("loss", "grad_norm", "drift", "entropy", "rewards/implicit", "num_tokens")
@@ -38,18 +40,47 @@ CASES: dict[str, tuple[Any, Any, Any, dict[str, Any]]] = {
         sft_rows,
         {"loss": "pearson", "level": "sequence", "packing": True, "max_length": 18},
     ),
+    # Of each batch of 4, and not of 4 batches.
+    "sft, split": (
+        SFTTrainer,
+        sft_config,
+        sft_rows,
+        {
+            "per_device_train_batch_size": 4,
+            "per_device_eval_batch_size": 4,
+            "accelerator_config": {"split_batches": True},
+            "precompute_ref_log_probs": True,
+        },
+    ),
+    "sft, anchored": (SFTTrainer, sft_config, sft_rows, {"anchor_weight": 0.3, "loss": "pearson"}),
     "dpo": (DPOTrainer, dpo_config, pair_rows, {}),
+    "dpo, accumulated": (
+        DPOTrainer,
+        dpo_config,
+        pair_rows,
+        {"gradient_accumulation_steps": 2, "sft_weight": 1.5},
+    ),
     "dpo, packed": (DPOTrainer, dpo_config, pair_rows, {"padding_free": True}),
 }
 
 
+# What several processes would do wrongly in silence, or hang at.
+REFUSED = {
+    "dispatch_batches": ({"accelerator_config": {"dispatch_batches": True}}, "cut them by rows"),
+    "even_batches": ({"accelerator_config": {"even_batches": False}}, "leave the others waiting"),
+    "auto_find_batch_size": ({"auto_find_batch_size": True}, "would start over"),
+}
+
+
 def train(name: str, folder: Path, ranks: int) -> dict[str, Any]:
-    """Three steps over the same rows, however many processes share them."""
+    """Four steps over the same rows, however many processes share them."""
     cls, config, rows, options = CASES[name]
-    args = config(folder, max_steps=3, per_device_train_batch_size=4 // ranks, **options)
+    options = {"max_steps": 4, "per_device_train_batch_size": 4 // ranks} | options
+    args = config(folder, **options)
     # Last batches that processes of 3 rows each fill up with rows they have had: by one, by five.
     evaluated = rows(7 if "packed" in name else 5, seed=9)
-    trainer = cls(llama(), args, rows(16), evaluated)
+    # The third step, or the second, is an epoch's last: three rows, or two, fill it up.
+    trainer = cls(llama(), args, rows(9 if "dpo" in name else 10), evaluated)
     trainer.train()
     metrics = trainer.evaluate()
     timed = ("runtime", "per_second", "epoch")
@@ -59,20 +90,60 @@ def train(name: str, folder: Path, ranks: int) -> dict[str, Any]:
     }
 
 
+def settle(folder: Path, ranks: int) -> list[int]:
+    """The steps of a run that ends by the rule of its reward, resumed in an epoch's midst."""
+
+    def run(steps: int, resume: bool = False) -> Any:
+        rule = RewardStabilizationCallback(window=2, tolerance=0.4)
+        args = sft_config(
+            folder, max_steps=steps, save_strategy="steps", save_steps=2, loss="hellinger",
+            per_device_train_batch_size=4 // ranks,
+        )  # fmt: skip
+        trainer = SFTTrainer(llama(), args, sft_rows(10), callbacks=[rule])
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    run(2)
+    ended = run(40, resume=True)
+    return [ended.state.global_step, *history(ended, "loss", "num_tokens")]
+
+
+def said(folder: Path, rank: int, **options: Any) -> str:
+    """What a run says where it fails; the second process's third loss is NaN."""
+    try:
+        args = sft_config(folder, **{"gradient_accumulation_steps": 2} | options)
+        trainer = SFTTrainer(llama(), args, sft_rows(64))
+        seen = []
+
+        def poison(module: Any, inputs: Any, output: Any) -> Any:
+            seen.append(1)
+            return output * (float("nan") if rank == 1 and len(seen) == 3 else 1.0)
+
+        trainer.model.model.norm.register_forward_hook(poison)
+        trainer.train()
+    except (ValueError, ArithmeticError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
 def work(rank: int, folder: str, port: int) -> None:
     """What each process runs; rank 0 writes what it logged."""
     torch.set_num_threads(1)
+    gc.freeze()  # a Trainer collects garbage again and again
     os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(RANKS))
     os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    found = {name: train(name, Path(folder) / name, RANKS) for name in CASES}
-    if rank == 0:
-        (Path(folder) / "found.json").write_text(json.dumps(found))
+    found: dict[str, Any] = {name: train(name, Path(folder) / name, RANKS) for name in CASES}
+    found["settled"] = settle(Path(folder) / "settled", RANKS)
+    found["nan"] = said(Path(folder) / "nan", rank)
+    for name, (options, _) in REFUSED.items():
+        found[name] = said(Path(folder) / name, rank, **options)
+    (Path(folder) / f"found-{rank}.json").write_text(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def of_two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def of_both(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     if not dist.is_available() or not dist.is_gloo_available():
         pytest.skip("torch was built without gloo")
     folder = tmp_path_factory.mktemp("ranks")
@@ -80,14 +151,43 @@ def of_two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     torch.multiprocessing.spawn(work, args=(str(folder), port), nprocs=RANKS)
-    return json.loads((folder / "found.json").read_text())
+    return [json.loads((folder / f"found-{rank}.json").read_text()) for rank in range(RANKS)]
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_two_processes_log_what_one_does(of_two: dict[str, Any], name: str, tmp_path: Path) -> None:
+def test_two_processes_log_what_one_does(
+    of_both: list[dict[str, Any]], name: str, tmp_path: Path
+) -> None:
     alone = train(name, tmp_path, 1)
-    two = of_two[name]
-    assert len(alone["train"]) == 3
+    two = of_both[0][name]
+    assert len(alone["train"]) == 4
     for ours, theirs in zip(two["train"], alone["train"], strict=True):
         assert ours == pytest.approx(theirs, rel=2e-4, abs=2e-5)
     assert two["eval"] == pytest.approx(alone["eval"], rel=2e-4, abs=2e-5)
+
+
+def test_a_stop_rule_decides_alike_on_all_processes_and_as_on_one(
+    of_both: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    step, *alone = settle(tmp_path, 1)
+    assert 4 < step < 40
+    for of in of_both:
+        assert of["settled"][0] == step
+        for ours, theirs in zip(of["settled"][1:], alone, strict=True):
+            assert ours == pytest.approx(theirs, rel=2e-4, abs=2e-5)
+
+
+def test_a_loss_of_one_process_that_is_not_finite_ends_all_by_its_name(
+    of_both: list[dict[str, Any]],
+) -> None:
+    first, second = (of["nan"] for of in of_both)
+    assert first == second
+    assert re.match(r"NonFiniteLossError: the loss is nan at step 2 on process 1, on rows", first)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_processes_cannot_do_together_is_refused_by_name(
+    of_both: list[dict[str, Any]], name: str
+) -> None:
+    for of in of_both:
+        assert re.match(f"ValueError: .*{name}=.*{REFUSED[name][1]}", of[name])

@@ -64,7 +64,7 @@ def test_packed_rows_hold_whole_sequences_with_their_references(tmp_path):
             first += length
     assert "seq_lengths" not in trainer.eval_dataset.column_names
     batch = trainer.data_collator(list(rows.select(range(2))))
-    assert batch["num_tokens"] == batch["input_ids"].numel()
+    assert batch["num_tokens"].sum() == batch["input_ids"].numel()
     starts = batch["position_ids"][0] == 0
     assert (batch["labels"][0, starts] == -100).all()
     assert torch.equal(starts.cumsum(0) - 1, batch["segment_ids"][0])
@@ -140,10 +140,14 @@ def test_evaluation_on_several_processes_counts_no_packed_row_twice():
     ]
     batch = Collator(("",), 0, padding_free=True, pad_to_multiple_of=8)(rows)
     # Two processes have three rows each; five are new: the last of the second is a repeat.
-    state = SimpleNamespace(end_of_dataloader=True, remainder=5)
+    loader = SimpleNamespace(dataset=range(11))
+    state = SimpleNamespace(end_of_dataloader=True, active_dataloader=loader)
     accelerator = SimpleNamespace(num_processes=2, process_index=1, gradient_state=state)
-    kept = without_repeats(batch, accelerator)
+    kept = without_repeats(batch, accelerator, drop_last=False)
     assert kept["row"].tolist() == [0, 1, 0]
+    assert kept["num_tokens"].tolist() == [2, 3, 4]
+    assert without_repeats(batch, accelerator, drop_last=True) is batch
+    assert without_repeats(batch, accelerator, drop_last=False, copies=2) is batch
     counted = (kept["labels"] != -100).sum(), (batch["labels"] != -100).sum()
     assert [int(c) for c in counted] == [1 + 2 + 3, 1 + 2 + 3 + 3]
 

@@ -146,3 +146,13 @@ def test_an_infinite_loss_is_no_more_finite_than_nan(value):
     watch.add(1, torch.tensor(3.0e38), torch.tensor([0]))
     with pytest.raises(NonFiniteLossError, match=r"at step 2, on rows \[4, 5\]"):
         watch.add(2, torch.tensor(value), torch.tensor([4, 5]))
+
+
+def test_of_all_processes_the_earliest_bad_step_is_blamed():
+    # Process 1 met it first; its gradients have made the loss of process 0 NaN.
+    others = [(4, float("nan"), [7]), (3, float("inf"), [1, 2]), None]
+    watch = FiniteWatch(gather=lambda own: [*others, *own])
+    with pytest.raises(
+        NonFiniteLossError, match=r"inf at step 3 on process 1, on rows \[1, 2\] of"
+    ):
+        watch.add(5, torch.tensor(1.0), torch.tensor([0]))

@@ -15,10 +15,10 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from fused_losses import with_stats
 from fused_losses.integrations import fuse_lm_head
-from fused_losses.trainer.batches import behind_prompt, lengths_of, without_repeats
-from fused_losses.trainer.checkpoints import CheckpointedTrainer
+from fused_losses.trainer.batches import behind_prompt
 from fused_losses.trainer.collate import Collator
 from fused_losses.trainer.data import each, values
+from fused_losses.trainer.loaders import LoadingTrainer
 from fused_losses.trainer.loading import load_models
 from fused_losses.trainer.packing import check_packing, pack
 from fused_losses.trainer.reference import prepare
@@ -31,13 +31,10 @@ from fused_losses.trainer.telemetry import Sums, Telemetry, TrainingRecord, mean
 LOSS_INPUTS = ("labels", "ref_logps", "segment_ids", "scored_by", "row", "sample", "num_tokens")
 
 
-class PostTrainer(CheckpointedTrainer):
+class PostTrainer(LoadingTrainer):
     """``transformers.Trainer`` with head and loss inside the model's forward, without logits."""
 
     config_class: ClassVar[type]
-    sides: ClassVar[tuple[str, ...]]
-    train_dataset: Any
-    eval_dataset: Any
     # The loss is divided by the items of all accumulated micro-batches: never divide it again.
     loss_is_scaled_for_ga = True
 
@@ -178,7 +175,9 @@ class PostTrainer(CheckpointedTrainer):
             sums.update(self.sums(stats, batch))
             return loss
 
-        outputs = model(**passed, fused=fused)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "target rows .* have no counted token")  # repeats
+            outputs = model(**passed, fused=fused)
         if not sums:
             raise RuntimeError(
                 f"{type(self.model).__name__}.forward has been replaced since the trainer was made "
@@ -189,7 +188,8 @@ class PostTrainer(CheckpointedTrainer):
             record = self._record
             record.losses.add(self.state.global_step + 1, loss, own["row"])
             record.sums.add(sums)
-            record.tokens.add({"num_tokens": (own["num_tokens"], own["num_tokens"])})
+            tokens = own["num_tokens"].sum()
+            record.tokens.add({"num_tokens": (tokens, tokens)})
         else:
             self._evaluated.add(sums | self.loss_sums(loss, sums, self.items(inputs)))
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
@@ -216,9 +216,8 @@ class PostTrainer(CheckpointedTrainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor, None, None]:
         """Loss and telemetry of a batch; there are no logits to return."""
-        inputs = without_repeats(self._prepare_inputs(inputs), self.accelerator)
-        with torch.no_grad(), self.compute_loss_context_manager(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "target rows .* have no counted token")  # repeats
+        inputs = self._without_repeats(self._prepare_inputs(inputs))
+        with torch.no_grad(), self.compute_loss_context_manager():
             return self.compute_loss(model, inputs).detach(), None, None
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
@@ -240,48 +239,3 @@ class PostTrainer(CheckpointedTrainer):
         # A sum that is turned round may be -0.0.
         logs.update({k: 0.0 for k, v in logs.items() if isinstance(v, float) and v == 0.0})
         super().log(logs, start_time)
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        """Return the loader of an evaluation dataset; new rows are prepared.
-
-        Raises:
-            TypeError: As the constructor, for a new dataset.
-            ValueError: As the constructor; the loss needs references, and new rows bring none.
-        """
-        return super().get_eval_dataloader(self._admitted(eval_dataset, "eval_dataset"))
-
-    def get_test_dataloader(self, test_dataset: Any) -> Any:
-        """Return the loader for ``predict``, which gives metrics and no logits; as the above."""
-        return super().get_test_dataloader(self._admitted(test_dataset, "test_dataset"))
-
-    def _admitted(self, dataset: Any, name: str) -> Any:
-        known = [self.train_dataset, *values(self.eval_dataset)]
-        if dataset is None or isinstance(dataset, str) or any(dataset is d for d in known):
-            return dataset
-        prepared = self._prepared(dataset, name)
-        if self._needs_reference and f"{self.sides[0]}ref_logps" not in prepared.column_names:
-            raise ValueError(
-                f"{name} was not given to the constructor, so it was not prepared with references "
-                "before training, and the loss needs them: give eval_dataset, or a dict of them, "
-                "to the constructor and evaluate it by name; or call precompute_ref_logps on it "
-                "with the reference"
-            )
-        return prepared
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        dataset = self.train_dataset if train_dataset is None else train_dataset
-        return super()._get_train_sampler(self._measured(dataset))
-
-    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
-        return super()._get_eval_sampler(self._measured(eval_dataset))
-
-    def _measured(self, dataset: Any) -> Any:
-        """Stand in for a dataset where rows are put in order by length."""
-        if self.args.train_sampling_strategy not in ("group_by_length", "batch_rebalance"):
-            return dataset
-        lengths = lengths_of(dataset, self.sides, self.args.lays_end_to_end)
-        return Dataset.from_dict({self.args.length_column_name: lengths})
-
-    def _set_signature_columns_if_needed(self) -> None:
-        own = (f"{s}{c}" for s in self.sides for c in ("input_ids", "labels", "ref_logps"))
-        self._signature_columns = ["row", "seq_lengths", *own]

@@ -29,17 +29,28 @@ def behind_prompt(batch: dict[str, Tensor], length: int) -> dict[str, Tensor]:
     }
 
 
-def without_repeats(inputs: dict[str, Tensor], accelerator: Any) -> dict[str, Tensor]:
-    """Mask the rows that only fill up a last batch, so that every process has as many."""
-    state = accelerator.gradient_state
-    if accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
+def without_repeats(
+    inputs: dict[str, Tensor], accelerator: Any, *, drop_last: bool, copies: int = 1
+) -> dict[str, Tensor]:
+    """Mask the rows that only fill up a last batch, so that every process has as many.
+
+    Args:
+        inputs: The batch of a process.
+        accelerator: Knows the processes, and the loader.
+        drop_last: Whether the loader leaves such batches out.
+        copies: Processes that have the same batch.
+    """
+    state, ranks = accelerator.gradient_state, accelerator.num_processes // copies
+    if ranks == 1 or drop_last or not state.end_of_dataloader:
         return inputs
     row, labels = inputs["row"], inputs["labels"]
     # Which of this process's samples a sequence is of: a packed row holds several.
     sample = inputs.get("sample", torch.arange(len(row), device=row.device))
     n = int(sample[-1]) + 1
     # As accelerate's gather_for_metrics: of all processes' samples in order, so many are new.
-    new = sample < min(max(state.remainder - n * accelerator.process_index, 0), n)
+    # (Its `remainder` is not known where a resumed run has skipped batches.)
+    left = len(state.active_dataloader.dataset) % (n * ranks) or n * ranks
+    new = sample < min(max(left - n * (accelerator.process_index // copies), 0), n)
     if "segment_ids" in inputs:
         # What follows the last sequence is padding.
         of = inputs["segment_ids"].clamp(max=len(row) - 1)
@@ -47,7 +58,7 @@ def without_repeats(inputs: dict[str, Tensor], accelerator: Any) -> dict[str, Te
     else:
         labels = labels.clone()
         labels.view(-1, n, labels.shape[-1])[:, ~new] = IGNORE
-    return inputs | {"labels": labels, "row": row[new]}
+    return inputs | {"labels": labels, "row": row[new], "num_tokens": inputs["num_tokens"][new]}
 
 
 def lengths_of(dataset: Dataset, sides: tuple[str, ...], end_to_end: bool) -> list[int]:

@@ -26,7 +26,8 @@ class Collator:
     to the longest response, and ``scored_by``: the position in the row that predicts each of them.
 
     ``row`` holds the number of each sequence (of each pair), ``sample`` which of the rows given it
-    is of, where they are packed, and ``num_tokens`` the number of tokens without padding.
+    is of, where they are packed, and ``num_tokens`` its tokens (a pair's of both sides), without
+    padding.
 
     Args:
         sides: ``("",)`` for SFT, the two sides of a pair for preference learning.
@@ -47,6 +48,7 @@ class Collator:
         labels = self._sequences(rows, "labels", torch.int64)
         for sequence in labels:
             sequence[:1] = IGNORE
+        lengths = torch.tensor(list(map(len, ids)))
         ref = None
         if f"{self.sides[0]}ref_logps" in rows[0]:
             ref = self._sequences(rows, "ref_logps", torch.float32)
@@ -66,7 +68,7 @@ class Collator:
             batch["sample"] = torch.arange(len(rows)).repeat_interleave(counts)
         else:
             batch["row"] = torch.tensor([row["row"] for row in rows])
-        batch["num_tokens"] = torch.tensor(sum(map(len, ids)))
+        batch["num_tokens"] = lengths.view(len(self.sides), -1).sum(0)
         return batch
 
     def _sequences(

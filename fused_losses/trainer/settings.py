@@ -50,6 +50,8 @@ def check_setting(model: Any, args: Any) -> None:
             f"{args.n_gpu} GPUs are visible to one process, which would run DataParallel; start "
             "one process per GPU (accelerate launch, torchrun), or set CUDA_VISIBLE_DEVICES to one"
         )
+    if args.world_size > 1:
+        _check_processes(args)
     if args.use_liger_kernel:
         raise ValueError(
             "use_liger_kernel=True replaces model.forward when training starts, and with it the "
@@ -67,4 +69,34 @@ def check_setting(model: Any, args: Any) -> None:
             f"{type(peft).__name__}: PEFT puts one learnt prompt before a row and takes no "
             "position_ids, so sequences cannot lie end to end; set padding_free=False and "
             "packing=False"
+        )
+
+
+def _check_processes(args: Any) -> None:
+    """Raise for what several processes cannot do together, or would do wrongly in silence."""
+    loads = args.accelerator_config
+    if loads.dispatch_batches:
+        raise ValueError(
+            "accelerator_config.dispatch_batches=True: one process would join the batches of all "
+            "and cut them by rows, but here a batch holds sequences end to end, or pairs as two "
+            "halves; leave it at None: each process loads its own"
+        )
+    if not loads.even_batches:
+        raise ValueError(
+            "accelerator_config.even_batches=False: a process without a last batch would leave "
+            "the others waiting; leave it at True: what fills up a last batch is not counted, "
+            "and dataloader_drop_last=True leaves that batch out"
+        )
+    if args.auto_find_batch_size:
+        raise ValueError(
+            f"auto_find_batch_size=True with {args.world_size} processes: the one that ran out of "
+            "memory would start over, while the others wait for it; set "
+            "per_device_train_batch_size, and gradient_accumulation_steps in its stead"
+        )
+    parallel = args.parallelism_config
+    if parallel is not None and (parallel.cp_size > 1 or parallel.sp_size > 1):
+        raise ValueError(
+            f"parallelism_config with cp_size={parallel.cp_size}, sp_size={parallel.sp_size}: "
+            "sequences would be cut between processes, and labels, references and responses with "
+            "them, which these trainers do not serve; set both to 1"
         )

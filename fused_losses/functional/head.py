@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_losses.arguments import refuse_unserved
+from fused_losses.arguments import has_data, refuse_unserved
 from fused_losses.functional.tokens import check_device, check_float
 
 
@@ -29,6 +29,11 @@ def _servable(dtype: torch.dtype, device: str) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 and device == "cpu" else dtype
 
 
+# What FSDP1 and ZeRO-3 leave of a weight between calls: something flat, empty or freed.
+_PART = (
+    "if FSDP1 keeps the rest, call the loss inside the forward of the module that it has wrapped "
+    "(fuse_lm_head), where the weight is whole; if DeepSpeed's ZeRO-3 does, use FSDP2 or ZeRO-2"
+)
 _HEAD = ("input", "linear_weight", "linear_bias")
 
 
@@ -80,10 +85,12 @@ def check_head(
         refuse_unserved(name, t)
         check_device(name, t, x, input)
     if weight.dim() != 2:
-        raise ValueError(f"{w} must be (V, D), got {tuple(weight.shape)}")
+        raise ValueError(f"{w} must be (V, D), got {tuple(weight.shape)}; {_PART}")
     V, D = weight.shape
     if V == 0 and not shared:
-        raise ValueError(f"{w} has 0 rows; gather it first (a sharded head?)")
+        raise ValueError(f"{w} has 0 rows; gather it first (a sharded head?): {_PART}")
+    if _is_freed(weight):
+        raise ValueError(f"{w} has shape {tuple(weight.shape)} and no memory; {_PART}")
     if input.dim() < 1 or input.shape[-1] != D:
         raise ValueError(
             f"{x} must be (..., D) with {w}'s hidden size D = {D} ({w} is "
@@ -91,3 +98,10 @@ def check_head(
         )
     if bias is not None and bias.shape != (V,) and not shared:
         raise ValueError(f"{b} must be (V,) = ({V},), got {tuple(bias.shape)}")
+
+
+def _is_freed(weight: Tensor) -> bool:
+    """Whether the memory of a weight was taken away, as FSDP1 does between forward passes."""
+    if torch.compiler.is_compiling() or not has_data(weight) or weight.numel() == 0:
+        return False
+    return type(weight) in (Tensor, torch.nn.Parameter) and weight.untyped_storage().size() == 0

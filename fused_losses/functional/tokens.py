@@ -57,12 +57,12 @@ class Tokens:
         if not isinstance(target, Tensor) or target.dtype not in _INT:
             got = target.dtype if isinstance(target, Tensor) else type(target).__name__
             raise TypeError(f"target must be an int64 or int32 tensor, got {got}")
+        refuse_unserved("target", target)
         if target.shape != scores.shape[:-1]:
             raise ValueError(
                 f"target must have {name}'s leading shape {tuple(scores.shape[:-1])}, "
                 f"got {tuple(target.shape)}"
             )
-        refuse_unserved("target", target)
         check_device("target", target, name, scores)
         if options.shift and target.dim() == 0:
             raise ValueError("shift needs a target with a sequence dimension, got a 0-d target")

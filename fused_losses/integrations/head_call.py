@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import copy
-import functools
 import inspect
-from collections import OrderedDict
 from collections.abc import Callable
 from contextvars import ContextVar
-from dataclasses import dataclass, field, make_dataclass
+from dataclasses import dataclass
 from types import MethodType
 from typing import Any, NamedTuple
 
@@ -16,8 +14,10 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
+from fused_losses.integrations.head_hooks import check_hooks, hooks_beside_the_product
 from fused_losses.integrations.head_options import HeadOptions, probe_logits, verify
-from fused_losses.integrations.head_weight import open_head
+from fused_losses.integrations.head_weight import open_head, whole
+from fused_losses.integrations.uncast import uncast
 
 
 @dataclass
@@ -62,6 +62,7 @@ class _Call:
         self.fusion: Fusion = model._fused_losses_head
         self.head: nn.Module = model.get_output_embeddings()
         self.fn = fn
+        self.result: Any = None
         self.answer: _Answer | None = None
 
     def put(self) -> None:
@@ -69,7 +70,7 @@ class _Call:
         self._hooks = self.head._forward_hooks
         self._outer = _running.set(self)
         # In a dict of its own: replicas of DataParallel share theirs.
-        self.head._forward_hooks = OrderedDict(self._hooks)
+        self.head._forward_hooks = hooks_beside_the_product(self.head)
         # A hook, and the last: those of FSDP2 have to see the result, which they watch in backward.
         self.head.register_forward_hook(_keep_the_answer)
         self.head.forward = MethodType(_instead_of_the_product, self.head)
@@ -103,7 +104,7 @@ def call_without_logits(
         The model's output, whose logits are a stand-in, and the function's result.
     """
     call = _Call(model, fn)
-    _check_hooks(call.head)
+    check_hooks(call.head)
     call.put()
     try:
         output = plain(*args, **kwargs)
@@ -133,26 +134,6 @@ def arguments_of(
     return inspect.signature(plain).bind_partial(*args).arguments | kwargs
 
 
-@torch.compiler.disable
-def with_result(output: ModelOutput, result: Any) -> ModelOutput:
-    """Return the output with the result as ``fused``, and as ``loss`` if it is a 0-d tensor."""
-    fields = {name: value for name, value in output.items() if name != "logits"}
-    if isinstance(result, Tensor) and result.dim() == 0:
-        fields["loss"] = result
-    cls: Any = type(output)
-    return _fused_output_of(cls)(**fields, fused=result)
-
-
-@functools.cache
-def _fused_output_of(cls: type) -> type:
-    return make_dataclass(
-        f"Fused{cls.__name__}",
-        [("fused", Any, field(default=None))],
-        bases=(cls,),
-        namespace={"__doc__": f"{cls.__name__} with what the function returned, as ``fused``."},
-    )
-
-
 # Python alone: its operators need no graph, and what it calls may be eager only.
 @torch.compiler.disable
 def _instead_of_the_product(head: nn.Module, hidden: Tensor) -> _Answer:
@@ -162,7 +143,7 @@ def _instead_of_the_product(head: nn.Module, hidden: Tensor) -> _Answer:
     # The function may call the model itself, plainly or with another function.
     call.take_away()
     try:
-        hidden, weight, bias = open_head(head, hidden)
+        hidden, weight, bias = open_head(head, whole(hidden))
         if hidden.dim() != 3:
             raise NotImplementedError(
                 f"{call.model} calls its head with {tuple(hidden.shape)}, expected (B, T, D)"
@@ -170,29 +151,16 @@ def _instead_of_the_product(head: nn.Module, hidden: Tensor) -> _Answer:
         options = HeadOptions(**call.fusion.options)
         if bias is not None:
             options["linear_bias"] = bias
-        result = call.fn(hidden.to(weight.device), weight, **options)
+        call.result = call.fn(hidden.to(weight.device), weight, **options)
     finally:
         call.put()
     # Verified once: looking at values synchronises.
     size = 0 if call.fusion.verified else weight.shape[0]
-    return _Answer(probe_logits(size, hidden.device), result)
+    return _Answer(probe_logits(size, hidden.device), call.result)
 
 
 @torch.compiler.disable
 def _keep_the_answer(module: nn.Module, inputs: Any, answer: _Answer) -> Tensor:
-    _running.get().answer = answer
+    call = _running.get()
+    call.answer = _Answer(answer.stand_in, uncast(answer.result, call.result))
     return answer.stand_in.clone()  # models may write into their logits
-
-
-def _check_hooks(head: nn.Module) -> None:
-    """Refuse what would not see the logits it expects, or would be passed over."""
-    hook = getattr(head, "_hf_hook", None)
-    if getattr(hook, "offload", False):
-        raise NotImplementedError("the head is offloaded by accelerate; keep it on a device")
-    from torch.distributed.fsdp import FSDPModule
-
-    if head._forward_hooks and not isinstance(head, FSDPModule):
-        names = [getattr(hook, "__qualname__", repr(hook)) for hook in head._forward_hooks.values()]
-        raise NotImplementedError(
-            f"the head has forward hooks ({', '.join(names)}) that expect logits; remove them"
-        )

@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils import ModelOutput
 
 from fused_losses import linear_mle_loss
 from fused_losses.integrations.head_call import call_without_logits
+from fused_losses.integrations.uncast import without_logits
 
 
 class _Loss:
@@ -100,5 +102,7 @@ def call_with_labels(
             f"{name} did not call its loss function, so its loss is its own: "
             "fuse_lm_head(model, labels=True) does not serve it; use fused="
         )
+    if any(isinstance(module, FSDPModule) for module in model.modules()):
+        return without_logits(output)  # FSDP2 casts what the model returns
     cls: Any = type(output)
     return cls(**{key: value for key, value in output.items() if key != "logits"})

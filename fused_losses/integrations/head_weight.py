@@ -41,6 +41,13 @@ def open_head(head: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor |
     return hidden, linear.weight, linear.bias
 
 
+def whole(hidden: Tensor) -> Tensor:
+    """Return hidden states that every rank holds whole as a plain tensor, others as they are."""
+    if isinstance(hidden, DTensor) and all(p.is_replicate() for p in hidden.placements):
+        return hidden.to_local()
+    return hidden
+
+
 def _check_linear(head: Any) -> Any:
     name = type(head).__name__
     # FSDP2 and parametrizations swap the class, so the method is what tells.
@@ -82,6 +89,11 @@ def _with_lora(layer: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | Non
     hidden, weight, bias = open_head(layer.base_layer, hidden)
     if layer.disable_adapters or layer.merged:
         return hidden, weight, bias
+    if isinstance(weight, DTensor):
+        raise NotImplementedError(
+            "LoRA on a head that ranks share is not served: leave the head out of target_modules, "
+            "or out of the tensor-parallel plan"
+        )
     inputs, factors = [hidden], [weight]
     for adapter in layer.active_adapters:
         if adapter not in layer.lora_A:

@@ -27,10 +27,10 @@ from fused_losses.integrations.head_call import (
     Fusion,
     arguments_of,
     call_without_logits,
-    with_result,
 )
 from fused_losses.integrations.head_labels import call_with_labels
 from fused_losses.integrations.head_options import HeadOptions, options_of_config
+from fused_losses.integrations.uncast import with_result
 
 
 def fuse_lm_head(

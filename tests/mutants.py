@@ -42,7 +42,28 @@ class Mutant:
 def _in(file: str, *faults: tuple[str, ...]) -> list[Mutant]:
     """Faults of a file; ``a::b`` is the test ``test_b`` of ``test_a.py``, ``a`` its tests."""
     return [
-        Mutant(file, name, old, new, tuple(map(_id, tests))) for name, old, new, *tests in faults
+        Mutant(
+        "fused_losses/integrations/uncast.py",
+        "what a wrapper has cast stays cast",
+        "return computed if lower and seen.shape == computed.shape else seen",
+        "return seen",
+        ("test_fuse_lm_head_distributed.py",),
+    ),
+    Mutant(
+        "fused_losses/integrations/head_hooks.py",
+        "the hook that gathers logits runs behind a shared head",
+        "for key, h in hooks.items() if not _lays_out(h))",
+        "for key, h in hooks.items())",
+        ("test_fuse_lm_head_distributed.py",),
+    ),
+    Mutant(
+        "fused_losses/integrations/head_labels.py",
+        "a loss of labels is cast",
+        "if any(isinstance(module, FSDPModule) for module in model.modules()):",
+        "if False:",
+        ("test_fuse_lm_head_distributed.py",),
+    ),
+    Mutant(file, name, old, new, tuple(map(_id, tests))) for name, old, new, *tests in faults
     ]
 
 

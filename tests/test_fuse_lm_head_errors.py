@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import Shard, distribute_tensor
 
 import fused_losses
 
@@ -219,3 +222,40 @@ def test_a_forward_wrapped_since_cannot_be_taken_back():
     model.forward = inner
     unfuse_lm_head(model)
     assert "forward" not in vars(model)
+
+
+def test_a_head_that_deepspeed_has_sharded_is_refused_with_the_cure():
+    model = fuse_lm_head(make())
+    model.lm_head.weight.ds_id = 0
+    with pytest.raises(NotImplementedError, match=r"ZeRO-3.*fully_shard.*ZeRO-2"):
+        call(model)
+
+
+def test_a_part_of_a_head_that_older_transformers_gathers_behind_it_is_refused_with_the_cure():
+    def gather(module: Any, inputs: Any, logits: Tensor) -> Tensor:
+        return logits
+
+    gather.__module__ = "transformers.integrations.tensor_parallel"
+    gather.__qualname__ = "distribute_module.<locals>.<lambda>"
+    model = fuse_lm_head(make())
+    model.lm_head.register_forward_hook(gather)
+    with pytest.raises(NotImplementedError, match="upgrade transformers"):
+        call(model)
+
+
+def test_low_rank_factors_beside_a_shared_head_are_refused(tmp_path: Path):
+    peft = pytest.importorskip("peft")
+    if dist.is_initialized():
+        pytest.skip("needs a process group of its own")
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        config = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["lm_head"])
+        model = fuse_lm_head(peft.get_peft_model(make(), config))
+        mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+        head = model.base_model.model.lm_head.base_layer
+        head.weight = nn.Parameter(distribute_tensor(head.weight.detach(), mesh, [Shard(0)]))
+        with pytest.raises(NotImplementedError, match="LoRA on a head that ranks share"):
+            call(model)
+    finally:
+        dist.destroy_process_group()

@@ -168,7 +168,7 @@ def counted() -> Iterator[dict[str, int]]:
             setattr(dist, name, function)
 
 
-MEASURED = ["mle", "dpo", "own", "statistics"]
+MEASURED = ["mle", "pearson", "hellinger", "dpo", "own", "statistics"]
 
 
 def measure(name: str, workspace: int | None, trained: bool, mesh: DeviceMesh) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The hooks of a head: which run around a function in its place, and which heads cannot be fused."""
+"""Which hooks of a head run around a function in its place, and which heads cannot be fused."""
 
 from __future__ import annotations
 

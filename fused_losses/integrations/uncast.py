@@ -52,7 +52,7 @@ def without_logits(output: ModelOutput, **given: Any) -> ModelOutput:
 
 @functools.cache
 def _fused_output_of(cls: type) -> type:
-    def __post_init__(self: Any, computed: tuple[Any, Any] = (None, None)) -> None:
+    def keep(self: Any, computed: tuple[Any, Any] = (None, None)) -> None:
         super(fused, self).__post_init__()
         # Who casts an output makes another one, of its fields and of this.
         loss, result = computed
@@ -68,7 +68,7 @@ def _fused_output_of(cls: type) -> type:
         bases=(cls,),
         namespace={
             "__doc__": f"{cls.__name__} with what the function returned, as ``fused``.",
-            "__post_init__": __post_init__,
+            "__post_init__": keep,
         },
     )
     return fused

@@ -42,28 +42,7 @@ class Mutant:
 def _in(file: str, *faults: tuple[str, ...]) -> list[Mutant]:
     """Faults of a file; ``a::b`` is the test ``test_b`` of ``test_a.py``, ``a`` its tests."""
     return [
-        Mutant(
-        "fused_losses/integrations/uncast.py",
-        "what a wrapper has cast stays cast",
-        "return computed if lower and seen.shape == computed.shape else seen",
-        "return seen",
-        ("test_fuse_lm_head_distributed.py",),
-    ),
-    Mutant(
-        "fused_losses/integrations/head_hooks.py",
-        "the hook that gathers logits runs behind a shared head",
-        "for key, h in hooks.items() if not _lays_out(h))",
-        "for key, h in hooks.items())",
-        ("test_fuse_lm_head_distributed.py",),
-    ),
-    Mutant(
-        "fused_losses/integrations/head_labels.py",
-        "a loss of labels is cast",
-        "if any(isinstance(module, FSDPModule) for module in model.modules()):",
-        "if False:",
-        ("test_fuse_lm_head_distributed.py",),
-    ),
-    Mutant(file, name, old, new, tuple(map(_id, tests))) for name, old, new, *tests in faults
+        Mutant(file, name, old, new, tuple(map(_id, tests))) for name, old, new, *tests in faults
     ]
 
 
@@ -683,6 +662,18 @@ FUNCTIONAL = [
 
 INTEGRATIONS = [
     *_in(
+        "fused_losses/integrations/uncast.py",
+        ("what a wrapper has cast stays cast",
+         "return computed if lower and seen.shape == computed.shape else seen", "return seen",
+         "fuse_lm_head_distributed::what_is_returned_keeps_its_precision_where_outputs_are_cast"),
+    ),
+    *_in(
+        "fused_losses/integrations/head_hooks.py",
+        ("the hook that gathers logits runs behind a shared head",
+         "for key, h in hooks.items() if not _lays_out(h))", "for key, h in hooks.items())",
+         "fuse_lm_head_distributed::loss_and_gradients_are_those_of_one_process"),
+    ),
+    *_in(
         "fused_losses/integrations/head_options.py",
         ("a cap or scale that is a tenth off is taken", "rtol=1e-4, atol=1e-4",
          "rtol=1e-1, atol=1e-1",
@@ -705,6 +696,9 @@ INTEGRATIONS = [
         ("labels are scored where they stand", 'shift="shift_labels" not in self.options',
          "shift=False",
          "fuse_lm_head_labels::a_labelled_call_has_the_models_own_loss_and_gradients"),
+        ("a loss of labels is cast",
+         "if any(isinstance(module, FSDPModule) for module in model.modules()):", "if False:",
+         "fuse_lm_head_distributed::a_loss_of_labels_keeps_its_precision_where_outputs_are_cast"),
     ),
     *_in(
         "fused_losses/integrations/ref_cache.py",

@@ -51,15 +51,15 @@ def without_logits(output: ModelOutput, **given: Any) -> ModelOutput:
 
 
 @functools.cache
-def _fused_output_of(cls: type) -> type:
+def _fused_output_of(cls: Any) -> type:
     def keep(self: Any, computed: tuple[Any, Any] = (None, None)) -> None:
-        super(fused, self).__post_init__()
+        cls.__post_init__(self)
         # Who casts an output makes another one, of its fields and of this.
         loss, result = computed
         self.loss, self.fused = uncast(self.loss, loss), uncast(self.fused, result)
         vars(self)["computed"] = (self.loss, self.fused)
 
-    fused: type = make_dataclass(
+    return make_dataclass(
         f"Fused{cls.__name__}",
         [
             ("fused", Any, field(default=None)),
@@ -71,4 +71,3 @@ def _fused_output_of(cls: type) -> type:
             "__post_init__": keep,
         },
     )
-    return fused

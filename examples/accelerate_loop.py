@@ -56,13 +56,15 @@ def main(argv: list[str] | None = None) -> list[float]:
                 loss=options.loss,
                 beta=options.beta,
                 shift=True,
+                # Of all processes, which hold different numbers of tokens.
+                num_items=accelerator.reduce((batch["labels"][:, 1:] != -100).sum(), "sum"),
             )
             inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
             loss = model(**inputs, fused=loss_fn, use_cache=False).loss
-            accelerator.backward(loss)
+            accelerator.backward(loss * accelerator.num_processes)  # DDP averages gradients
             optimiser.step()
             optimiser.zero_grad()
-            losses.append(accelerator.reduce(loss.detach(), "mean").item())
+            losses.append(accelerator.reduce(loss.detach(), "sum").item())
             accelerator.print(f"step {len(losses)}: {options.loss} loss {losses[-1]:.4f}")
             if len(losses) == options.steps:
                 break

@@ -713,6 +713,8 @@ INTEGRATIONS = [
     ),
     *_in(
         "fused_losses/integrations/fingerprint.py",
+        ("a sharded model has a name of each part", "t = t.full_tensor()", "t = t.to_local()",
+         "reference_shares::a_sharded_model_has_the_name_of_the_whole"),
         ("the weights do not count", "state.update(_bytes(t))", "pass",
          "trainer_reference::other_weights_and_other_tokens_are_computed_anew"),
         ("two datasets of the same tokens, cut otherwise, are one",
@@ -723,6 +725,8 @@ INTEGRATIONS = [
         "fused_losses/integrations/shares.py",
         ("every process does the same part", "mine = first + args.process_index", "mine = first",
          "reference_shares::each_process_computes_a_share_and_none_waits_longer_than_for_a_batch"),
+        ("who has no part of a sharded model's work does the first", "min(mine, len(parts) - 1)",
+         "0 * mine", "reference_shares::every_process_has_the_references_that_one_makes"),
     ),
     *_in(
         "fused_losses/integrations/trl/references.py",

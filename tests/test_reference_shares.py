@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 from tiny_training import llama, sft_config, sft_rows, tokenizer
+from torch.distributed.fsdp import fully_shard
 
 from fused_losses.integrations import shares
 from fused_losses.trainer import precompute_ref_logps
@@ -27,6 +28,15 @@ def made(folder: Path, size: int, seed: int = 0) -> list[list[float]]:
     """References of a few rows."""
     config = sft_config(folder, ref_cache_dir=str(folder), precompute_ref_batch_size=size)
     return list(precompute_ref_logps(llama(seed), sft_rows(ROWS), config)["ref_logps"])
+
+
+def made_sharded(folder: Path) -> list[list[float]]:
+    """The same of a model of which each process holds a part, in three batches."""
+    model = llama()
+    for layer in model.model.layers:
+        fully_shard(layer)
+    config = sft_config(folder, ref_cache_dir=str(folder), precompute_ref_batch_size=3)
+    return list(precompute_ref_logps(fully_shard(model), sft_rows(ROWS), config)["ref_logps"])
 
 
 def made_in_trl(folder: Path) -> list[list[float]]:
@@ -83,6 +93,11 @@ def scenarios(rank: int, folder: Path) -> dict[str, Any]:
         Reference._forward = broken
         found["error"] = refused(folder / "error", 2)
         Reference._forward = counted
+        found["sharded"] = [made_sharded(folder / "sharded")]
+        found["names"] = [
+            sorted(f.name for f in (folder / of).glob("ref-*.arrow"))
+            for of in ("shared", "sharded")
+        ]
         found["folders of one machine"] = refused(folder / f"here-{rank}", 3)
         # Two machines, without a folder that both see.
         os.environ["LOCAL_RANK"] = "0"
@@ -117,12 +132,21 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return [json.loads((folder / f"found-{rank}.json").read_text()) for rank in range(RANKS)]
 
 
-@pytest.mark.parametrize(("case", "size"), [("shared", 3), ("again", 3), ("machines", 2)])
+@pytest.mark.parametrize(
+    ("case", "size"), [("shared", 3), ("again", 3), ("machines", 2), ("sharded", 3)]
+)
 def test_every_process_has_the_references_that_one_makes(
     found: list[dict[str, Any]], case: str, size: int, tmp_path: Path
 ) -> None:
     alone = made(tmp_path, size)
     assert [of[case][0] for of in found] == [alone, alone]
+
+
+def test_a_sharded_model_has_the_name_of_the_whole(found: list[dict[str, Any]]) -> None:
+    for of in found:
+        whole, sharded = of["names"]
+        assert whole == sharded
+        assert len(whole) == 1
 
 
 def test_every_process_has_them_in_trl_too(found: list[dict[str, Any]], tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import socket
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +23,7 @@ import tiny_training  # noqa: E402
 import training_sets  # noqa: E402
 
 FILES = ["sft.py", "dpo.py", "trl_dpo.py", "accelerate_loop.py", "lora.py", "distill.py", "grpo.py"]
+FILES += ["torchrun_ddp.py"]
 
 
 @pytest.fixture(autouse=True)
@@ -84,6 +87,31 @@ def test_the_accelerate_loop_lowers_the_loss(names: list[str]) -> None:
     losses = accelerate_loop.main([*names, "--steps", "6"])
     assert losses[0] == pytest.approx(0.0, abs=1e-5)  # at the reference
     assert losses[-1] < -0.1
+
+
+def test_torchrun_trains_on_two_processes_as_on_one(
+    names: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torchrun_ddp
+
+    options = [*names, "--steps", "3", "--timeout", "60"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    script = [str(EXAMPLES / "torchrun_ddp.py"), *options]
+    run = subprocess.run(
+        [*launch, "--nproc-per-node", "2", *script], capture_output=True, text=True, timeout=200
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    two = [float(line.split()[-1]) for line in run.stdout.splitlines() if "loss" in line]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    place = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_PORT": port}
+    for name, value in {**place, "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, str(value))
+    one = torchrun_ddp.main(options)
+    assert one[0] == pytest.approx(0.0, abs=1e-5)  # at the reference
+    assert one[-1] < -0.05
+    assert two == pytest.approx(one, abs=1e-5)
 
 
 def test_dpo_of_lora_starts_at_the_sft_model_and_widens_the_margin(

@@ -13,6 +13,7 @@ import transformers
 import xxhash
 from datasets import Dataset
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 import fused_losses
 from fused_losses.integrations.lm_head import head_options
@@ -161,4 +162,6 @@ def _plain(name: str) -> str:
 
 
 def _bytes(t: Tensor) -> Any:
+    if isinstance(t, DTensor):  # all ranks gather it, in the same order
+        t = t.full_tensor()
     return t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data

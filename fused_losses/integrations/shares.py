@@ -38,7 +38,12 @@ def on_all(act: Callable[[], Result], what: str) -> list[Result]:
 
 
 def in_shares(
-    parts: Sequence[Part], act: Callable[[Part], Result], what: str, args: TrainingArguments
+    parts: Sequence[Part],
+    act: Callable[[Part], Result],
+    what: str,
+    args: TrainingArguments,
+    *,
+    together: bool = False,
 ) -> Iterator[tuple[Part, Result]]:
     """Act on every part on one of the processes; yield parts and results on all, in order.
 
@@ -50,6 +55,9 @@ def in_shares(
         act: Called with a part.
         what: What is done, for the message of an error.
         args: Knows which process this is, and how many there are.
+        together: Whether ``act`` holds collectives (a sharded model's forward): every process then
+            acts in every round, those without a part of their own on the last one. An error in it
+            leaves the others in a collective, so it ends its process at once.
 
     Raises:
         RuntimeError: It failed on another process; named.
@@ -57,9 +65,14 @@ def in_shares(
 
     def share(first: int) -> Any:
         mine = first + args.process_index
+        if together:
+            return act(parts[min(mine, len(parts) - 1)])
         return act(parts[mine]) if mine < len(parts) else None
 
     processes = args.world_size
     for first in range(0, len(parts), processes):
-        found = on_all(lambda first=first: share(first), what)  # type: ignore[misc]
+        if together:
+            found = gather_object([share(first)])
+        else:
+            found = on_all(lambda first=first: share(first), what)  # type: ignore[misc]
         yield from zip(parts[first : first + processes], found, strict=False)

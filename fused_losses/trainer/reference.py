@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from datasets import Dataset, concatenate_datasets
+from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from fused_losses import linear_token_stats
@@ -107,8 +108,9 @@ class Reference:
 
         batches = [order[first : first + size] for first in range(0, len(order), size)]
         what = f"computing the reference log-probs of {name}"
+        sharded = any(isinstance(p, DTensor) for p in self.model.parameters())
         with bar, frozen(self.model), self.named.autocast():
-            for at, found in in_shares(batches, compute, what, self.args):
+            for at, found in in_shares(batches, compute, what, self.args, together=sharded):
                 if self._writes:  # the others read the file
                     for n, row in zip(at, found, strict=True):
                         logps[n] = row
@@ -150,7 +152,8 @@ def precompute_ref_logps(
     ``args.ref_cache_dir`` by all that decides them (weights, adapters, attention implementation,
     precision, versions, tokens and labels); SFT and DPO share the cache. A PeftModel is taken as it
     stands, with its adapters; ``with model.disable_adapter():`` takes it without. Where there are
-    several processes call it on all: each computes a share.
+    several processes call it on all: each computes a share, also of a model that ``fully_shard``
+    has sharded (without a mixed precision of its own, which no name of references tells).
 
     Args:
         model: The reference, a causal LM of transformers on the device it should run on.

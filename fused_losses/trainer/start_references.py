@@ -80,7 +80,8 @@ def with_references(
         raise ValueError(
             "with FSDP or DeepSpeed the reference log-probs must come with the dataset: call "
             "precompute_ref_logps(model, dataset, args, processing_class) before the model is "
-            f"sharded, save its result, and train on that; where {objective} needs none, set "
+            "sharded, or on what fully_shard made of it, save its result, and train on that; where "
+            f"{objective} needs none, set "
             "precompute_ref_log_probs=False"
         )
     if (not any(known) and not wanted) or not datasets:

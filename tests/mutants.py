@@ -530,8 +530,7 @@ LOSSES = [
     *_in(
         "fused_losses/policy/losses.py",
         ("the upper clip is the lower one's", "o.epsilon, 1.0 + o.epsilon_high",
-         "o.epsilon, 1.0 + o.epsilon",
-         "policy::loss_and_gradients_are_those_of_trls_own_code"),
+         "o.epsilon, 1.0 + o.epsilon", "policy"),
         ("a capped ratio has a gradient", "ratios.detach().clamp(", "ratios.clamp(",
          "policy::loss_and_gradients_are_those_of_trls_own_code"),
     ),

@@ -23,7 +23,7 @@ import tiny_training  # noqa: E402
 import training_sets  # noqa: E402
 
 FILES = ["sft.py", "dpo.py", "trl_dpo.py", "accelerate_loop.py", "lora.py", "distill.py", "grpo.py"]
-FILES += ["torchrun_ddp.py"]
+FILES += ["torchrun_sft.py"]
 
 
 @pytest.fixture(autouse=True)
@@ -89,29 +89,34 @@ def test_the_accelerate_loop_lowers_the_loss(names: list[str]) -> None:
     assert losses[-1] < -0.1
 
 
-def test_torchrun_trains_on_two_processes_as_on_one(
-    names: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import torchrun_ddp
+@pytest.fixture(scope="module")
+def one_process(names: list[str]) -> list[float]:
+    import torchrun_sft
 
-    options = [*names, "--steps", "3", "--timeout", "60"]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    script = [str(EXAMPLES / "torchrun_ddp.py"), *options]
+    with socket.socket() as free, pytest.MonkeyPatch.context() as patch:
+        free.bind(("127.0.0.1", 0))
+        place = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_PORT": free.getsockname()[1]}
+        free.close()
+        for name, value in {**place, "MASTER_ADDR": "127.0.0.1"}.items():
+            patch.setenv(name, str(value))
+        losses = torchrun_sft.main([*names, "--steps", "3", "--timeout", "60"])
+    assert losses[0] == pytest.approx(0.0, abs=1e-5)  # at the reference
+    assert losses[-1] < -0.05
+    return losses
+
+
+@pytest.mark.parametrize("layout", ["ddp", "fsdp2", "tensor"])
+def test_torchrun_trains_on_two_processes_as_on_one(
+    layout: str, names: list[str], one_process: list[float]
+) -> None:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    script = [str(EXAMPLES / "torchrun_sft.py"), *names, "--steps", "3", "--timeout", "60"]
     run = subprocess.run(
-        [*launch, "--nproc-per-node", "2", *script], capture_output=True, text=True, timeout=200
+        [*launch, *script, "--layout", layout], capture_output=True, text=True, timeout=200
     )
     assert run.returncode == 0, run.stderr[-2000:]
     two = [float(line.split()[-1]) for line in run.stdout.splitlines() if "loss" in line]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    place = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_PORT": port}
-    for name, value in {**place, "MASTER_ADDR": "127.0.0.1"}.items():
-        monkeypatch.setenv(name, str(value))
-    one = torchrun_ddp.main(options)
-    assert one[0] == pytest.approx(0.0, abs=1e-5)  # at the reference
-    assert one[-1] < -0.05
-    assert two == pytest.approx(one, abs=1e-5)
+    assert two == pytest.approx(one_process, abs=1e-5)
 
 
 def test_dpo_of_lora_starts_at_the_sft_model_and_widens_the_margin(

@@ -36,7 +36,7 @@ _OURS = {ROOT, ROOT / "tests", ROOT / "kernels", ROOT / "benchmarks"}
 # What a copy needs for its tests to run.
 _COPIED = ("fused_losses", "kernels", "tests", "benchmarks", "examples", "docs")
 _FILES = ("pyproject.toml", "README.md", "CONTRIBUTING.md", "Makefile", "mkdocs.yml")
-_SECONDS = 400
+_SECONDS = 400  # for the tests of one mutant; those of all take many times as long
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def copy_of(root: Path, folder: Path) -> Path:
     return folder
 
 
-def pytest_in(copy: Path, tests: Iterable[str]) -> tuple[int, str]:
+def pytest_in(copy: Path, tests: Iterable[str], seconds: float = _SECONDS) -> tuple[int, str]:
     """Run tests of a copy until one fails; return the exit status and what pytest wrote.
 
     In a fork of this process, which has imported all that is not ours: most of the time of a short
@@ -101,7 +101,7 @@ def pytest_in(copy: Path, tests: Iterable[str]) -> tuple[int, str]:
             finally:
                 sys.stdout.flush()
                 os._exit(status)
-        status = _wait(child)
+        status = _wait(child, seconds)
         said.seek(0)
         return status, said.read()
 
@@ -124,9 +124,9 @@ def _run_pytest(copy: Path, tests: Iterable[str]) -> int:
     return int(pytest.main([*options, *(f"tests/{test}" for test in tests)]))
 
 
-def _wait(child: int) -> int:
+def _wait(child: int, seconds: float) -> int:
     """Return the exit status of a child, 1 if it does not end."""
-    deadline = time.monotonic() + _SECONDS
+    deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         pid, status = os.waitpid(child, os.WNOHANG)
         if pid:
@@ -239,7 +239,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"{len(mutants)} mutants of {len(MUTANTS)}; first their tests without them", flush=True)
     outcomes: list[Outcome | None] = []
     with tempfile.TemporaryDirectory(prefix="mutation-") as folder:
-        status, said = pytest_in(copy_of(ROOT, Path(folder, "whole")), tests)
+        whole = copy_of(ROOT, Path(folder, "whole"))
+        status, said = pytest_in(whole, tests, _SECONDS * max(1, len(mutants) // 10))
         print(said.strip().splitlines()[-1], flush=True)
         if status:
             print(f"{first_failure(said) or said[-2000:]} fails without any mutant")

@@ -354,8 +354,7 @@ ENGINE = [
     *_in(
         "fused_losses/engine/units.py",
         ("units with a gap between their ids are apart", ".sign().cumsum(0)", ".cumsum(0)",
-         "linear_units::a_pair_without_counted_tokens_has_no_loss_and_no_part_in_the_mean",
-         "kto::a_response_without_tokens_is_named_and_left_out_of_the_mean"),
+         "linear_units::a_segment_without_counted_tokens_is_no_sequence"),
         ("units of later chunks are counted from the first", "= of_token - first, offsets",
          "= of_token * 1, offsets", "linear_units::dpo_equals_the_references",
          "linear_units::sequence_level_equals_the_references"),
@@ -600,9 +599,7 @@ FUNCTIONAL = [
     *_in(
         "fused_losses/functional/pairs.py",
         ("an empty response has its reference", "torch.where(responses.lengths > 0, ref_sums, 0.0)",
-         "ref_sums",
-         _LO + "an_empty_response_counts_0_and_warns",
-         "linear_units::an_empty_response_counts_as_zero_and_warns_once", _FUZZ),
+         "ref_sums", _LO + "dpo_is_as_specified"),
         ("the likelihood term forgets its share of the step",
          "found = found * pairs * mean_factor(pairs, options)", "found = found * 1.0",
          "pair_calls::micro_batches_add_up_to_one_batch",
@@ -618,7 +615,8 @@ FUNCTIONAL = [
          _LO + "sequence_level_sums_log_ratios_first", _FUZZ),
         ("beta changes likelihood",
          "return Objective(loss, 1.0, max_weight, options.label_smoothing",
-         "return Objective(loss, beta, max_weight, options.label_smoothing", _FUZZ, _MEMBERS),
+         "return Objective(loss, beta, max_weight, options.label_smoothing",
+         "linear_units::sequence_level_equals_the_references"),
     ),
     *_in(
         "fused_losses/arguments.py",
@@ -650,7 +648,7 @@ FUNCTIONAL = [
         ("smoothing has the wrong sign", "losses - label_smoothing * logp_v.mean(-1)",
          "losses + label_smoothing * logp_v.mean(-1)", "reference::mle_is_cross_entropy"),
         ("the loss is not divided by beta", "return (value - phi) / beta", "return value - phi",
-         "objectives::two_tokens_worked_out_by_hand"),
+         "objectives::a_sequence_worked_out_by_hand"),
     ),
     *_in(
         "fused_losses/reference/stats.py",
@@ -733,7 +731,7 @@ INTEGRATIONS = [
          "F.pad(row, (T - len(row), 0))",
          "trl_options::references_are_padded_where_the_tokens_are"),
         ("rows that lie end to end are taken as rows", "if count != len(rows):", "if False:",
-         "trl_integration::packed_references_are_those_of_rows"),
+         "trl_options::references_are_padded_where_the_tokens_are"),
     ),
     *_in(
         "fused_losses/integrations/trl/dpo.py",
@@ -750,7 +748,7 @@ INTEGRATIONS = [
         "fused_losses/integrations/trl/sft.py",
         ("the reward of position 0 counts", "(logps - ref)[:, 1:][counted].sum()",
          "(logps - ref)[:, :-1][counted].sum()",
-         "trl_options::the_implicit_reward_is_a_mean_over_tokens_whatever_the_micro_batches"),
+         "trl_options::the_implicit_reward_is_that_of_the_tokens_that_count"),
     ),
 ]  # fmt: skip
 
@@ -791,10 +789,10 @@ TRAINERS = [
     *_in(
         "fused_losses/trainer/telemetry.py",
         ("drift has a sign", "ratio.abs().sum()", "ratio.sum()",
-         "trainer_training::the_first_training_log_holds_the_telemetry_of_its_batch"),
+         "trainer_training::evaluation_of_sft_equals_the_specification_in_float64"),
         ("weights of what does not count are counted", "((weight < 0) & present).sum()",
          "(weight < 0.5 * present).sum()",
-         "trainer_training::the_first_training_log_holds_the_telemetry_of_its_batch"),
+         "trainer_training::evaluation_of_sft_equals_the_specification_in_float64"),
         ("the tokens of a checkpoint are forgotten", '["attributes"]["num_tokens"]',
          '["attributes"]["num_tokens"] * 0.0',
          "trainer_denominators::a_run_resumed_between_two_logs_has_counted_all_tokens"),
@@ -830,12 +828,12 @@ TRAINERS = [
         ("a checkpoint is saved of a loss nobody looked at",
          "trial: Any) -> None:\n        self._record.losses.check()",
          "trial: Any) -> None:\n        pass",
-         "trainer_training::where_looking_would_wait_the_first_bad_step_is_still_named"),
+         "trainer_training::no_checkpoint_is_written_of_a_loss_that_nobody_has_looked_at"),
         ("a part of a checkpoint is taken up", "if _is_whole(path):", "if True:",
          "trainer_faults::a_full_disk_costs_no_more_than_the_steps_since_the_last_checkpoint"),
         ("the first checkpoint is the last", "sorted(found.items(), reverse=True)",
          "sorted(found.items())",
-         "trainer_faults::a_full_disk_costs_no_more_than_the_steps_since_the_last_checkpoint"),
+         "trainer_faults::a_checkpoint_is_whole_if_its_state_is"),
     ),
     *_in(
         "fused_losses/trainer/dpo.py",
@@ -849,7 +847,7 @@ TRAINERS = [
         ("references are cut at the wrong end", "return ref[cut]", "return ref[-len(ref[cut]) :]",
          "trainer_data::truncation_keeps_references_beside_their_tokens"),
         ("a label outside the vocabulary is taken", "if bad is not None:", "if False:",
-         "trainer_data::bad_rows_are_named_with_their_cure"),
+         "trainer_columns::errors_name_the_cure"),
     ),
     *_in(
         "fused_losses/trainer/reference.py",

@@ -170,6 +170,9 @@ def try_out(mutant: Mutant, copy: Path) -> Outcome:
     finally:
         path.write_text(text, "utf-8")
     seconds = time.monotonic() - begin
+    if status < 0:  # what the fault did to memory ended the process, in a test or after it
+        killer = first_failure(said) or f"{mutant.tests[0]}, by signal {-status}"
+        return Outcome(mutant, killer, seconds)
     if status not in (0, 1):
         last = " ".join(said.split()[-30:])
         return Outcome(mutant, None, seconds, f"pytest ended with status {status}: {last}")

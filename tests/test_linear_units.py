@@ -304,6 +304,19 @@ def test_segments_of_packed_rows_are_sequences(batch: HeadBatch, backend: str) -
     _both(batch, call, backend=backend, workspace_bytes=FEW_ROWS * 2)
 
 
+def test_a_segment_without_counted_tokens_is_no_sequence(batch: HeadBatch) -> None:
+    ids, y = (torch.arange(T) // 2).expand(B, T), batch.y.clone()
+    y[0, 2:4] = y[1, :2] = y[2] = IGNORED
+    ref = near_reference(HeadBatch(batch.x, batch.w, y).to(torch.float64))
+
+    def call(module: Any, b: HeadBatch, options: dict) -> Tensor:
+        return module.linear_hellinger_loss(
+            b.x, b.w, b.y, ref, level="sequence", segment_ids=ids, **options
+        )
+
+    _both(HeadBatch(batch.x, batch.w, y), call, workspace_bytes=FEW_ROWS * 2)
+
+
 @pytest.mark.parametrize(
     ("case", "per"),
     [

@@ -225,6 +225,9 @@ def test_segments_of_packed_rows_are_sequences(
     ids = torch.tensor([[0, 0, 1, 1, 1], [0] * 5, [7, 7, 2, 2, 2], [3] * 5], device=y.device)
     options = {"level": "sequence", "reduction": reduction, "beta": 0.5}
     assert_agrees(backend, "pearson_loss", z, y, ref, segment_ids=ids, **options)
+    # A row begins a sequence, whatever the last id before it.
+    same = torch.zeros(B, T, dtype=torch.int64, device=y.device)
+    assert_agrees(backend, "pearson_loss", z, y, ref, segment_ids=same, **options)
     # Interleaved ids are gathered, too.
     mixed = torch.tensor([0, 1, 0, 1, 0], device=y.device).expand(B, T)
     assert_agrees(backend, "pearson_loss", z, y, ref, segment_ids=mixed, **options)

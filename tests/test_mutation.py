@@ -67,3 +67,19 @@ def test_the_first_failure_is_read_from_what_pytest_wrote() -> None:
     assert mutate.first_failure(said) == "test_a.py::test_b[1-x]"
     assert mutate.first_failure("ERROR tests/test_a.py - ImportError: x") == "test_a.py"
     assert mutate.first_failure("3 passed in 0.1s") is None
+
+
+def test_a_process_that_a_fault_has_ended_is_a_noticed_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "f.py").write_text("x = 1\n")
+    mutant = Mutant("f.py", "", "1", "2", ("test_a.py::test_b",))
+    for said, killer in (
+        ("", "test_a.py::test_b, by signal 11"),
+        ("FAILED tests/t.py::t", "t.py::t"),
+    ):
+        monkeypatch.setattr(mutate, "pytest_in", lambda *_, said=said: (-11, said))
+        outcome = mutate.try_out(mutant, tmp_path)
+        assert outcome.killed
+        assert outcome.killer == killer
+    assert (tmp_path / "f.py").read_text() == "x = 1\n"

@@ -216,6 +216,14 @@ def test_where_looking_would_wait_the_first_bad_step_is_still_named():
     watch.check()
 
 
+def test_no_checkpoint_is_written_of_a_loss_that_nobody_has_looked_at(tmp_path):
+    trainer = SFTTrainer(llama(), sft_config(tmp_path), sft_rows(4))
+    trainer._record.losses._seen.append((1, torch.tensor(float("inf")), torch.tensor([0])))
+    with pytest.raises(NonFiniteLossError, match="inf at step 1"):
+        trainer._save_checkpoint(trainer.model, None)
+    assert list(tmp_path.glob("checkpoint-*")) == []
+
+
 def test_a_model_that_looks_across_packed_sequences_is_refused(monkeypatch):
     model = fused_losses.integrations.fuse_lm_head(llama())
     check_packing(model, torch.device("cpu"))

@@ -301,6 +301,16 @@ def test_the_implicit_reward_is_a_mean_over_tokens_whatever_the_micro_batches(
     assert found == pytest.approx([found[0]] * 3, rel=1e-4)
 
 
+def test_the_implicit_reward_is_that_of_the_tokens_that_count(tmp_path: Path) -> None:
+    trainer = sft(tmp_path, FP32, loss="hellinger", beta=0.5)
+    logps = torch.tensor([[0.0, 1.0, 20.0, 4.0], [0.0, 300.0, 7.0, 500.0]])
+    labels = torch.tensor([[-100, 3, -100, 3], [3, -100, 3, -100]])
+    trainer._add_ratios(logps, torch.zeros(2, 4), labels)
+    logs: dict[str, float] = {}
+    trainer.log(logs)
+    assert logs["rewards/implicit"] == pytest.approx(0.5 * (1.0 + 4.0 + 7.0) / 3)
+
+
 def test_every_process_asks_for_the_reward_at_a_log_with_or_without_a_batch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import gc
 import os
+from collections.abc import Iterator
 from datetime import timedelta
 from functools import partial
 
@@ -19,7 +20,6 @@ import torch.distributed as dist
 import training_sets
 from batches import collate, encode
 from stages import with_reference
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate
@@ -42,13 +42,17 @@ def laid_out(model: torch.nn.Module, layout: str, device: str) -> torch.nn.Modul
     plan = {"lm_head": ColwiseParallel(), "model.layers.*.mlp.down_proj": RowwiseParallel()}
     plan |= {f"model.layers.*.mlp.{name}_proj": ColwiseParallel() for name in ("gate", "up")}
     plan |= {"model.embed_tokens": RowwiseParallel(input_layouts=Replicate())}
-    ranks = (dist.get_world_size(),)
-    parallelize_module(model, init_device_mesh(torch.device(device).type, ranks), plan)
+    mesh = dist.init_device_mesh(torch.device(device).type, (dist.get_world_size(),))
+    parallelize_module(model, mesh, plan)
     model.tie_weights()
     return fuse_lm_head(model)
 
 
-def train(o: argparse.Namespace) -> list[float]:
+def train(o: argparse.Namespace) -> Iterator[float]:
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    share, shares = (0, 1) if o.layout == "tensor" else (rank, ranks)  # of a batch's sequences
+    if o.batch < shares:
+        raise SystemExit(f"--batch must be at least the {shares} processes, got {o.batch}")
     device = f"cuda:{os.environ['LOCAL_RANK']}" if torch.cuda.is_available() else "cpu"
     model, tokenizer = smollm.load(o.model, device)
     data = training_sets.load(tokenizer, o.dataset, examples=16, pairs=False)
@@ -56,9 +60,6 @@ def train(o: argparse.Namespace) -> list[float]:
     rows = with_reference(model, rows, device)  # of the starting weights
     model = laid_out(model, o.layout, device)
     optimiser = torch.optim.AdamW(model.parameters(), lr=o.learning_rate)
-    # Tensor parallel processes share a batch's work; the others share its sequences.
-    losses, rank, ranks = [], dist.get_rank(), dist.get_world_size()
-    share, shares = (0, 1) if o.layout == "tensor" else (rank, ranks)
     for step in range(o.steps):
         every = collate([rows[(step * o.batch + i) % len(rows)] for i in range(o.batch)])
         batch = {name: t[share::shares].to(device) for name, t in every._asdict().items()}
@@ -70,10 +71,9 @@ def train(o: argparse.Namespace) -> list[float]:
         optimiser.step()
         optimiser.zero_grad()
         dist.all_reduce(total := loss.detach() * shares / ranks)
-        losses.append(total.item())
         if rank == 0:
-            print(f"step {step + 1}: {o.loss} loss {losses[-1]:.6f}", flush=True)
-    return losses
+            print(f"step {step + 1}: {o.loss} loss {total.item():.6f}", flush=True)
+        yield total.item()
 
 
 @record  # torchrun then names the rank that failed, and its error
@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> list[float]:
     parser.add_argument("--dataset", help="JSON-lines file or hub name [HumanEval from PyPI]")
     o = parser.parse_args(argv)
     dist.init_process_group(timeout=timedelta(seconds=o.timeout))
-    losses = train(o)
+    losses = list(train(o))
     gc.collect()  # a model may not outlive the group
     dist.destroy_process_group()
     return losses

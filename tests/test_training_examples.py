@@ -89,6 +89,17 @@ def test_the_accelerate_loop_lowers_the_loss(names: list[str]) -> None:
     assert losses[-1] < -0.1
 
 
+# AdamW steps alike whatever its gradients are multiplied by; SGD does not.
+TORCHRUN = ["--steps", "3", "--timeout", "60", "--learning-rate", "0.1"]
+LAUNCHED = f"""
+import sys, torch
+torch.optim.AdamW = torch.optim.SGD
+sys.path.insert(0, {str(EXAMPLES)!r})
+import torchrun_sft
+torchrun_sft.main()
+"""
+
+
 @pytest.fixture(scope="module")
 def one_process(names: list[str]) -> list[float]:
     import torchrun_sft
@@ -99,7 +110,8 @@ def one_process(names: list[str]) -> list[float]:
         free.close()
         for name, value in {**place, "MASTER_ADDR": "127.0.0.1"}.items():
             patch.setenv(name, str(value))
-        losses = torchrun_sft.main([*names, "--steps", "3", "--timeout", "60"])
+        patch.setattr(torch.optim, "AdamW", torch.optim.SGD)
+        losses = torchrun_sft.main([*names, *TORCHRUN])
     assert losses[0] == pytest.approx(0.0, abs=1e-5)  # at the reference
     assert losses[-1] < -0.05
     return losses
@@ -107,10 +119,11 @@ def one_process(names: list[str]) -> list[float]:
 
 @pytest.mark.parametrize("layout", ["ddp", "fsdp2", "tensor"])
 def test_torchrun_trains_on_two_processes_as_on_one(
-    layout: str, names: list[str], one_process: list[float]
+    layout: str, names: list[str], one_process: list[float], tmp_path: Path
 ) -> None:
+    (tmp_path / "launched.py").write_text(LAUNCHED)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    script = [str(EXAMPLES / "torchrun_sft.py"), *names, "--steps", "3", "--timeout", "60"]
+    script = [str(tmp_path / "launched.py"), *names, *TORCHRUN]
     run = subprocess.run(
         [*launch, *script, "--layout", layout], capture_output=True, text=True, timeout=200
     )

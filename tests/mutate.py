@@ -36,6 +36,7 @@ _OURS = {ROOT, ROOT / "tests", ROOT / "kernels", ROOT / "benchmarks"}
 # What a copy needs for its tests to run.
 _COPIED = ("fused_losses", "kernels", "tests", "benchmarks", "examples", "docs")
 _FILES = ("pyproject.toml", "README.md", "CONTRIBUTING.md", "Makefile", "mkdocs.yml")
+_CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL)
 _SECONDS = 400  # for the tests of one mutant; those of all take many times as long
 
 
@@ -170,7 +171,7 @@ def try_out(mutant: Mutant, copy: Path) -> Outcome:
     finally:
         path.write_text(text, "utf-8")
     seconds = time.monotonic() - begin
-    if status < 0:  # what the fault did to memory ended the process, in a test or after it
+    if -status in _CRASHES:  # what the fault did to memory ended the process, in a test or later
         killer = first_failure(said) or f"{mutant.tests[0]}, by signal {-status}"
         return Outcome(mutant, killer, seconds)
     if status not in (0, 1):

@@ -83,3 +83,6 @@ def test_a_process_that_a_fault_has_ended_is_a_noticed_fault(
         assert outcome.killed
         assert outcome.killer == killer
     assert (tmp_path / "f.py").read_text() == "x = 1\n"
+    # One that the system has ended, for want of memory, says nothing of the fault.
+    monkeypatch.setattr(mutate, "pytest_in", lambda *_: (-9, ""))
+    assert not mutate.try_out(mutant, tmp_path).killed

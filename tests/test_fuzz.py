@@ -43,23 +43,77 @@ def test_a_random_run_of_a_trainer_descends_as_the_specification_does(seed: int)
     fuzz.training(seed)
 
 
-def test_what_is_wrong_by_a_percent_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+# What failed once. 101141: two gradients of a bias that cancel, each cut off by the interpreter.
+@pytest.mark.parametrize("seed", [101141])
+def test_a_draw_that_failed_once_is_still_tried(seed: int, backend: str) -> None:
+    fuzz_draws.check(seed, [backend])
+
+
+# Rounding the inputs to bf16 alone moves gradients by half a percent and more: there, ten.
+@pytest.mark.parametrize(
+    ("dtypes", "factor", "least"),
+    [((torch.float64, torch.float32), 1.01, 8), ((torch.bfloat16,), 1.1, 5)],
+    ids=["1 %", "10 % of bf16"],
+)
+def test_what_is_wrong_by_so_much_is_noticed(
+    monkeypatch: pytest.MonkeyPatch,
+    backend: str,
+    dtypes: tuple[torch.dtype, ...],
+    factor: float,
+    least: int,
+) -> None:
     plain, seen = fuzz_draws.fused_run, 0
 
     def wrong(case: fuzz_draws.Case, backend: str) -> tuple[list, list]:
         results, slopes = plain(case, backend)
-        return results, [1.01 * d for d in slopes]
+        return results, [factor * d for d in slopes]
 
     monkeypatch.setattr(fuzz_draws, "fused_run", wrong)
-    for seed in range(20):
-        if draw_case(seed).dtype not in (torch.float64, torch.float32):
-            continue
+    for seed in [seed for seed in range(120) if draw_case(seed).dtype in dtypes][:16]:
         try:
-            fuzz_draws.check(seed, ["torch"])
+            fuzz_draws.check(seed, [backend])
         except AssertionError as error:
             assert "is off by" in str(error)  # noqa: PT017
             seen += 1
-    assert seen >= 8
+    assert seen >= least
+
+
+def test_the_interpreter_alone_cuts_gradients_in_bfloat16_off(
+    backend: str, device: torch.device
+) -> None:
+    z = torch.randn(4, 50, dtype=torch.bfloat16, requires_grad=True)
+    y = torch.tensor([1, 5, 9, 30])
+    fused_losses.mle_loss(z, y, reduction="sum", backend=backend).backward()
+    assert z.grad is not None
+    exact = z.detach().float().softmax(-1) - torch.nn.functional.one_hot(y, 50)
+    cut = (exact.view(torch.int32) & -(2**16)).view(torch.float32)
+    interpreted = fuzz_draws.truncates(_in_bfloat16(z), backend)
+    assert interpreted == (backend == "triton" and device.type == "cpu")
+    closer = cut if interpreted else exact.bfloat16().float()
+    assert (z.grad.float() == closer).float().mean() > 0.98
+    assert (cut == exact.bfloat16().float()).float().mean() < 0.8
+
+
+def _in_bfloat16(z: torch.Tensor) -> fuzz_draws.Case:
+    leaves = {"logits": z.detach()}
+    return fuzz_draws.Case("mle_loss", z, torch.bfloat16, linear=False, leaves=leaves)
+
+
+def test_only_what_the_interpreter_cuts_off_is_excused() -> None:
+    case = draw_case(101141)
+    assert fuzz_draws.truncates(case, "triton")
+    assert not fuzz_draws.truncates(case, "torch")
+    assert not any(
+        fuzz_draws.truncates(draw_case(seed), "triton")
+        for seed in range(40)
+        if draw_case(seed).dtype != torch.bfloat16
+    )
+    # Two rows with gradients of 7.8 and about 8.1: their last bits are 2**-5 and 2**-4.
+    assert fuzz_draws._cut(case)["linear_bias"] == pytest.approx(2.0**0.5 * (2.0**-4 + 2.0**-5))
+    assert torch.equal(
+        fuzz_draws._last_bit(torch.tensor([7.8093, -1.0, 0.0, torch.nan])),
+        torch.tensor([2.0**-5, 2.0**-7, 0.0, 0.0]),
+    )
 
 
 def test_a_gradient_of_another_dtype_or_a_changed_input_is_noticed(

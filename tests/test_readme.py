@@ -36,10 +36,23 @@ def test_readme_begins_with_the_two_commands():
 
 def test_readme_makes_the_case_in_one_screen_and_links_to_what_is_there():
     assert len(README.splitlines()) <= 120
-    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", README) if "://" not in link]
+    links = [link for link in re.findall(r"\]\(([^)\s]+)[^)]*\)", README) if "://" not in link]
     assert len(links) > 15
     for link in links:
         assert (ROOT / link.partition("#")[0]).exists(), link
     named = re.findall(r"`((?:docs|examples|tests|benchmarks|fused_losses)/[\w./-]*)`", README)
     for path in named:
         assert (ROOT / path).exists(), path
+
+
+def test_each_promise_links_to_tests_that_are_there():
+    section = README.partition("## Promises, and the tests that hold them\n")[2]
+    promises = re.findall(r"^\d\. .+$", section, re.MULTILINE)
+    assert [promise[0] for promise in promises] == list("12345678")
+    for promise in promises:
+        links = re.findall(r"\]\((tests/test_\w+\.py) \"(\w+)\"\)", promise)
+        assert links, promise
+        assert len(links) == promise.count("]("), promise
+        for path, name in links:
+            source = (ROOT / path).read_text(encoding="utf-8")
+            assert re.search(rf"^def test_{name}\w*\(", source, re.MULTILINE), (path, name)

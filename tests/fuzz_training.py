@@ -223,6 +223,27 @@ def trained(run: Run, model: Any, ref_model: Any, folder: Path) -> tuple[Any, fl
     return trainer, trainer.evaluate()["eval_loss"]
 
 
+def _conditioning(run: Run, model: Any, ref_model: Any, name: str, step: int) -> float:
+    """How far a number moves when the weights are rounded otherwise to fp32: the worst of some.
+
+    Those of the reference on their own: its forward passes are of other shapes. discopop's loss
+    takes twenty times the margin, and with it twenty times what rounding left there.
+    """
+    g = torch.Generator().manual_seed(0)
+    which = 1 if name == "grad_norm" else 0
+    truth = expected(run, model, ref_model)[which][step]
+    worst = 0.0
+    for _ in range(8):
+        moved = [copy.deepcopy(m).double() for m in (model, ref_model)]
+        for one in moved:
+            with torch.no_grad():
+                for p in one.parameters():
+                    noise = torch.rand(p.shape, generator=g, dtype=p.dtype) * 2.0 - 1.0
+                    p.mul_(1.0 + torch.finfo(torch.float32).eps * noise)
+        worst = max(worst, abs(expected(run, *moved)[which][step] - truth))
+    return worst
+
+
 def check(seed: int) -> None:
     """Hold a run to gradient descent in float64.
 
@@ -232,7 +253,8 @@ def check(seed: int) -> None:
     run = draw_run(seed)
     torch.manual_seed(seed)
     model, ref_model = _models(run)
-    losses, norms = expected(run, model, ref_model)
+    begin = copy.deepcopy((model, ref_model))
+    losses, norms = expected(run, *begin)
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer, evaluated = trained(run, model, ref_model, Path(folder))
@@ -247,4 +269,6 @@ def check(seed: int) -> None:
         ]
     for name, step, got, truth in found:
         bound = (2e-5 if step == 0 else 2e-4) * max(abs(truth), 1.0)
+        if not abs(got - truth) <= bound:
+            bound = max(bound, 4.0 * _conditioning(run, *begin, name, step))
         assert abs(got - truth) <= bound, f"{name} of step {step + 1} is {got}, not {truth}: {run}"

@@ -37,16 +37,24 @@ def test_the_seeds_reach_every_kind_of_call() -> None:
 
 
 @pytest.mark.usefixtures("device")
-@pytest.mark.parametrize("seed", range(2))
+# The last failed once: rounding of a margin of 0, times the twenty of discopop.
+@pytest.mark.parametrize("seed", [0, 1, 179572319799])
 def test_a_random_run_of_a_trainer_descends_as_the_specification_does(seed: int) -> None:
     pytest.importorskip("datasets")
     fuzz.training(seed)
 
 
-# What failed once. 101141: two gradients of a bias that cancel, each cut off by the interpreter.
+# What failed once.
+# 101141: two gradients of a bias that cancel, each cut off by the interpreter.
 @pytest.mark.parametrize("seed", [101141])
 def test_a_draw_that_failed_once_is_still_tried(seed: int, backend: str) -> None:
     fuzz_draws.check(seed, [backend])
+
+
+def test_one_smoothed_word_is_not_compared_and_what_is_near_it_is() -> None:
+    assert fuzz.accuracy(179572319702) == "accuracy of one smoothed word, not compared"
+    said = [fuzz.accuracy(seed) for seed in range(3)]
+    assert not any("not compared" in one for one in said)
 
 
 # Rounding the inputs to bf16 alone moves gradients by half a percent and more: there, ten.
@@ -114,6 +122,21 @@ def test_only_what_the_interpreter_cuts_off_is_excused() -> None:
         fuzz_draws._last_bit(torch.tensor([7.8093, -1.0, 0.0, torch.nan])),
         torch.tensor([2.0**-5, 2.0**-7, 0.0, 0.0]),
     )
+
+
+@pytest.mark.usefixtures("device")
+def test_a_run_whose_log_is_off_by_a_thousandth_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("datasets")
+    import fuzz_training
+
+    plain = fuzz_training.history
+    monkeypatch.setattr(
+        fuzz_training,
+        "history",
+        lambda run, *names: [tuple(1.001 * x for x in row) for row in plain(run, *names)],
+    )
+    with pytest.raises(AssertionError, match="loss of step 1 is"):
+        fuzz.training(1)
 
 
 def test_a_gradient_of_another_dtype_or_a_changed_input_is_noticed(

@@ -196,7 +196,7 @@ def test_the_number_of_chunks_changes_no_function(case: Case) -> None:
     for pieces, budget in budgets.items():
         results, found = run(case, tensors, workspace_bytes=budget)
         for got, want in zip(results, whole, strict=True):
-            assert (got - want).abs().max() <= 2.0**-22 * size + 1e-5, pieces
+            assert (got - want).abs().max() <= 2.0**-20 * size + 1e-5, pieces
         for name, want in gradients.items():
             assert relative_error(found[name], want) <= 1e-6, (pieces, name)
 

@@ -51,6 +51,7 @@ def test_a_draw_that_failed_once_is_still_tried(seed: int, backend: str) -> None
     fuzz_draws.check(seed, [backend])
 
 
+@pytest.mark.usefixtures("device")
 def test_one_smoothed_word_is_not_compared_and_what_is_near_it_is() -> None:
     assert fuzz.accuracy(179572319702) == "accuracy of one smoothed word, not compared"
     said = [fuzz.accuracy(seed) for seed in range(3)]
@@ -135,7 +136,7 @@ def test_a_run_whose_log_is_off_by_a_thousandth_is_noticed(monkeypatch: pytest.M
         "history",
         lambda run, *names: [tuple(1.001 * x for x in row) for row in plain(run, *names)],
     )
-    with pytest.raises(AssertionError, match="loss of step 1 is"):
+    with pytest.raises(AssertionError, match=r"is .*, not "):
         fuzz.training(1)
 
 

@@ -6,6 +6,7 @@ the storages that reach a ``TorchDispatchMode``, which looks inside the library'
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -189,6 +190,21 @@ def test_a_16_bit_weight_gradient_takes_one_fp32_accumulator(name: str) -> None:
     assert max(events) < N * V * 4
 
 
+def _taken_by_products(plan: fused_losses.Plan, hidden: int) -> int:
+    """What one of a chunk's bare products in bf16 takes by itself.
+
+    oneDNN makes the result in fp32 first where a CPU knows no bf16.
+    """
+    R, C = max(plan.chunks), max(plan.columns)
+    x, w, dz = (
+        torch.zeros(shape, dtype=torch.bfloat16) for shape in ((R, hidden), (C, hidden), (R, C))
+    )
+    products = ((x, w.t(), torch.empty_like(dz)), (dz, w, x.clone()), (dz.t(), x, w.clone()))
+    return max(
+        peak(memory_events(functools.partial(torch.mm, a, b, out=out))) for a, b, out in products
+    )
+
+
 @pytest.mark.parametrize(
     ("name", "hidden"),
     [("mle", 16), ("mle", 600), ("hellinger", 16), ("hellinger", 600), ("dpo", 16)],
@@ -205,7 +221,8 @@ def test_the_peak_that_is_explained_is_that_of_the_allocator(name: str, hidden: 
     assert (plan.workspace_bytes > plan.budget_bytes) == (hidden == 600)
     dx = batch.x.numel() * 2
     found = peak(memory_events(lambda: _run(name, batch, ref, **budget))) - dx
-    assert 0.8 * plan.peak_bytes <= found <= plan.peak_bytes + UPCAST + SLACK
+    most = plan.peak_bytes + _taken_by_products(plan, hidden) + UPCAST + SLACK
+    assert 0.8 * plan.peak_bytes <= found <= most
 
 
 @each_call

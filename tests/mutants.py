@@ -419,8 +419,14 @@ ENGINE = [
     ),
     *_in(
         "fused_losses/engine/planned.py",
-        ("running out of memory names nothing", 'if "memory" not in str(error):', "if True:",
+        ("running out of memory names nothing", "if not out_of_memory(error):", "if True:",
          "linear_errors::out_of_memory_names_the_budget_to_lower"),
+    ),
+    *_in(
+        "fused_losses/engine/workspace.py",
+        ("a budget that does not fit either is named", "            size //= 2",
+         "            return size",
+         "fresh_process::an_error_for_lack_of_memory_names_a_budget_that_fits"),
     ),
 ]  # fmt: skip
 

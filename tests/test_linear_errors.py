@@ -381,7 +381,12 @@ def test_out_of_memory_names_the_budget_to_lower(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr("fused_losses.engine.planned.workspace", fail)
     x, w, y = torch.randn(4, 8), torch.randn(16, 8), torch.tensor([1, 2, 3, 4])
-    with pytest.raises(torch.OutOfMemoryError, match=r"lower workspace_bytes .*now 4096: CUDA"):
+    with pytest.raises(
+        torch.OutOfMemoryError, match=r"lower workspace_bytes .*now 4096: \d+ fits: CUDA"
+    ):
+        fused_losses.linear_mle_loss(x, w, y, workspace_bytes=4096)
+    monkeypatch.setattr("fused_losses.engine.planned.largest_free", lambda *_: None)
+    with pytest.raises(torch.OutOfMemoryError, match=r"least that works, \d+, does not fit either"):
         fused_losses.linear_mle_loss(x, w, y, workspace_bytes=4096)
     # More chunks, and their fp32 sum of dW, would take no less than the one that is taken.
     batch = head_batch((200,), 600, 5003, dtype=torch.bfloat16, ignored=0.0).leaves()

@@ -9,11 +9,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from fused_losses.chunk_bytes import least_bytes
 from fused_losses.engine.call import Call, Needs
 from fused_losses.engine.head import Head
 from fused_losses.engine.rows import accumulation_dtype, lines, new_rows
 from fused_losses.engine.sharded_rows import passes_of
-from fused_losses.engine.workspace import Tile, workspace
+from fused_losses.engine.workspace import Tile, largest_free, out_of_memory, workspace
 from fused_losses.plan import Plan, Route, plan_linear
 
 Place = slice | Tensor  # where tokens are among the rows of a call
@@ -153,8 +154,8 @@ class PlannedCall:
         """Memory for one chunk's logits of one range of columns, and for their gradient.
 
         Raises:
-            RuntimeError: Out of memory, of torch's own type, naming the budget to lower, or what
-                makes a call keep to it.
+            RuntimeError: Out of memory, of torch's own type, naming the budget to lower and a value
+                that fits, or what makes a call keep to its budget.
         """
         plan, head = self.plan, self.head
         size = max(plan.chunks, default=0), max(plan.columns)
@@ -167,15 +168,25 @@ class PlannedCall:
                         *size, plan.backend, spare, self.x.device, head.logits_dtype, gradient
                     )
                 )
-            except RuntimeError as error:  # torch.OutOfMemoryError is one; a CPU raises it bare
-                if "memory" not in str(error):
+            except RuntimeError as error:
+                if not out_of_memory(error):
                     raise
-                cure = "lower workspace_bytes or FUSED_LOSSES_WORKSPACE_BYTES, now"
-                if plan.workspace_bytes > plan.budget_bytes:
-                    # One chunk, in place of several and a wider sum of dW, which take no less.
-                    cure = f"accum_dtype={head.compute_dtype} keeps to workspace_bytes, now"
-                raise type(error)(
-                    f"no memory for a workspace of {plan.workspace_bytes} bytes; {cure} "
-                    f"{plan.budget_bytes}: {error}"
-                ) from error
+                raise type(error)(f"{self._too_large()}: {error}") from error
             yield tile
+
+    def _too_large(self) -> str:
+        plan, head = self.plan, self.head
+        said = f"no memory for a workspace of {plan.workspace_bytes} bytes; "
+        if plan.workspace_bytes > plan.budget_bytes:
+            # One chunk, in place of several and a wider sum of dW, which take no less.
+            cure = f"accum_dtype={head.compute_dtype} keeps to workspace_bytes, now "
+            return f"{said}{cure}{plan.budget_bytes}"
+        cure = "lower workspace_bytes or FUSED_LOSSES_WORKSPACE_BYTES, now"
+        least = least_bytes(plan.route, self.call.shape(self.x, head.weight))
+        fits = largest_free(plan.workspace_bytes, least, self.x.device)
+        if fits is None:
+            return (
+                f"{said}{cure} {plan.budget_bytes}, though the least that works, {least}, "
+                "does not fit either: free memory, or give the call fewer tokens or a smaller head"
+            )
+        return f"{said}{cure} {plan.budget_bytes}: {fits} fits"

@@ -68,6 +68,29 @@ def release() -> None:
         _kept.clear()
 
 
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether it says that memory ran out; a CPU has no type of its own for that."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def largest_free(too_much: int, least: int, device: torch.device) -> int | None:
+    """Return a half, a quarter, ... of what there is no memory for; None below ``least``.
+
+    Tried out: nothing else tells what an allocator can give.
+    """
+    size = too_much // 2
+    while size >= least:
+        try:
+            torch.empty(size, dtype=torch.uint8, device=device)
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            size //= 2
+        else:
+            return size
+    return None
+
+
 def _take(size: int, most: int, device: torch.device) -> Tensor:
     if device.type == "cpu":
         with _lock:

@@ -43,7 +43,7 @@ MOST = {
     "dpo": (50, 121),
     "dpo, frozen": (74, 141),
     "kto": (60, 131),
-    "policy": (73, 144),
+    "policy": (70, 142),
     "linear_loss": (34, 106),
 }
 _KERNELS = ("row_pass", "row_gradient", "segment_sum")

@@ -285,14 +285,22 @@ def test_those_plans_are_one_chunk_several_and_recomputation() -> None:
     batch, data = _head()
     leaves = batch.leaves()
     args = (leaves.x, leaves.w, leaves.y, *(data[n] for n in ("old_logps", "advantages")))
-    found = [
-        fused_losses.explain(
-            fused_losses.linear_policy_loss, *args, data["ref_logps"], workspace_bytes=b, **FULL
-        )
-        for b in (None, 28 * V * 8, 6 * V * 8)
-    ]
+
+    def plans(loss_type: str) -> list[fused_losses.Plan]:
+        options = FULL | {"loss_type": loss_type}
+        args_ = (fused_losses.linear_policy_loss, *args, data["ref_logps"])
+        return [
+            fused_losses.explain(*args_, workspace_bytes=b, **options)
+            for b in (None, 28 * V * 8, 6 * V * 8)
+        ]
+
+    found = plans("gspo")
     assert [plan.route for plan in found] == ["unit", "unit", "recompute"]
     assert len(found[0].chunks) == 1 < len(found[1].chunks)
+    # Ratios of tokens: the longest sequence need not fit.
+    found = plans("grpo")
+    assert [plan.flops for plan in found] == [6 * batch.ndv] * 3
+    assert max(found[2].chunks) < int((batch.y != IGNORED).sum(-1).max())
 
 
 @pytest.mark.parametrize("shift", [False, True])

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from fused_losses.engine.segment_sum import segment_sum
+
+_NO_SEGMENTS = "these units are single tokens, which have no segments"
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,10 @@ class UnitLayout:
         present = len(sizes) - sizes.count(0)
         return UnitLayout(positions, list(accumulate(sizes)), present, None, segments)
 
+    def cut(self) -> UnitLayout:
+        """Make every token its own unit; ``present`` and segments stay those of the whole units."""
+        return replace(self, ends=range(1, self.positions.numel() + 1), ids=None)
+
     def chunks(self, sizes: Sequence[int]) -> Iterator[UnitChunk]:
         """Split into chunks of so many tokens, each some whole units."""
         token = unit = 0
@@ -143,6 +149,14 @@ class UnitChunk:
         return self.layout.positions[self.tokens]
 
     @property
+    def segment_of_token(self) -> Tensor:
+        """(R,) segment of each token among all of the layout."""
+        every = self.layout.segments
+        if every is None:
+            raise ValueError(_NO_SEGMENTS)
+        return every.of_token[self.tokens]
+
+    @property
     def has_empty(self) -> bool:
         """Whether a unit of the layout has no counted token."""
         return self.layout.present < len(self.layout.ends)
@@ -156,7 +170,7 @@ class UnitChunk:
         """Their segments, counted from the first."""
         every = self.layout.segments
         if every is None:
-            raise ValueError("these units are single tokens, which have no segments")
+            raise ValueError(_NO_SEGMENTS)
         first, stop = every.sides * self.units.start, every.sides * self.units.stop
         of_token, offsets = every.of_token[self.tokens], every.offsets[first : stop + 1]
         if first:

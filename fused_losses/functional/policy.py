@@ -1,4 +1,4 @@
-"""Policy losses from hidden states: GRPO and its kin, a sequence being the unit."""
+"""Policy losses from hidden states: GRPO and its kin."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fused_losses.arguments import refuse_unserved, warn_of_empty
 from fused_losses.engine.rows import stats_of
-from fused_losses.engine.units import UnitChunk
+from fused_losses.engine.units import UnitChunk, UnitLayout
 from fused_losses.functional.linear_source import open_source
 from fused_losses.functional.observe import PolicyStats, report_stats, statistics_wanted
 from fused_losses.functional.options import Options, SharedLinearOptions
@@ -54,11 +54,11 @@ def linear_policy_loss(
 ) -> Tensor:
     """:func:`policy_loss` from hidden states: 6 N D V FLOPs, as for a token loss.
 
-    The sampled tokens are the labels. A chunk holds whole sequences, so that the weight of every
-    token is known before its gradient products. What does not fit the workspace,
-    ``reduction="none"`` and ``torch.compile`` recompute the logits in backward: 8 N D V. With a
-    frozen weight 4 N D V, whatever fits. With logits at hand call :func:`token_stats` and then
-    :func:`policy_loss`.
+    The sampled tokens are the labels. Where a ratio is that of a sequence, a chunk holds whole
+    sequences, so that the weight of every token is known before its gradient products; one that
+    does not fit the workspace, ``reduction="none"`` and ``torch.compile`` recompute the logits in
+    backward: 8 N D V. With a frozen weight 4 N D V, whatever fits. With logits at hand call
+    :func:`token_stats` and then :func:`policy_loss`.
 
     Args:
         input: (..., T, D) hidden states, floating point; sequences of T tokens.
@@ -162,6 +162,16 @@ class _Batch:
             return self.lengths.sum().double(), (self.lengths > 0).sum().double()
         return float(units.layout.positions.numel()), float(units.layout.present)
 
+    @property
+    def takes_sequences(self) -> bool:
+        """Whether a token's gradient depends on the log-probs of all tokens of its sequence."""
+        return self.o.ratio_level != "token"
+
+    def layout(self) -> UnitLayout:
+        """Lay out for chunks what must not be cut: sequences, or only tokens."""
+        layout = self.responses.layout()
+        return layout if self.takes_sequences else layout.cut()
+
     def rollouts(self, stats: TokenStats, units: UnitChunk | None) -> Rollouts:
         """Return the sequences of a chunk, or all, from the statistics of their tokens."""
         logps, sequences, lengths = stats.logps, self.responses, self.lengths
@@ -170,9 +180,11 @@ class _Batch:
             of_token, counted = sequences.of_row, sequences.counted
             data = {name: torch.where(counted, t, 0.0) for name, t in data.items()}
         else:
-            of_token = units.segments().of_token
-            lengths = units.of_units(lengths)
             data = {name: t[units.positions] for name, t in data.items()}
+            if self.takes_sequences:
+                of_token, lengths = units.segments().of_token, units.of_units(lengths)
+            else:
+                of_token = units.segment_of_token
         data = {name: t.to(logps.dtype) for name, t in data.items()}
         return Rollouts(
             logps=logps,
@@ -216,7 +228,7 @@ def _run(
             return policy_total(batch.rollouts(stats, units), factors)
 
         loss, rows = source.unit_sum(
-            tokens, batch.responses.layout, total, entropy=entropy, entropy_gradient=explores
+            tokens, batch.layout, total, entropy=entropy, entropy_gradient=explores
         )
     report_stats(lambda: _stats(rows.detach(), batch))
     return loss

@@ -66,7 +66,7 @@ def policy_total(rollouts: Rollouts, factors: tuple[Count, Count]) -> Tensor:
     o, losses = rollouts.options, _surrogates(rollouts)
     factor, entropy_factor = (f.to(losses.dtype) if isinstance(f, Tensor) else f for f in factors)
     if POLICY_LOSSES[o.loss_type].per == "sequence":
-        losses = rollouts.mean(losses)
+        losses = losses / rollouts.spread(rollouts.lengths.clamp(min=1))
     total = losses.sum() * factor
     if o.entropy_weight and rollouts.entropy is not None:
         total = total - o.entropy_weight * entropy_factor * rollouts.entropy.sum()

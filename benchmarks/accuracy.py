@@ -66,7 +66,9 @@ class Error:
     @property
     def fails(self) -> bool:
         """Whether the bound is broken."""
-        return not self.ratio <= BOUND
+        # The truth of a float64 draw is rounded to float64 itself, now and then worse than what
+        # eager's error in float32 lets expect. A fault of so few times shows in float32 too.
+        return not self.ratio <= (4.0 * BOUND if self.draw.dtype == torch.float64 else BOUND)
 
 
 def errors_of(seed: int) -> list[Error]:

@@ -295,3 +295,16 @@ def test_an_error_below_rounding_is_measured_by_rounding() -> None:
     assert not error.fails
     assert dataclasses.replace(error, ours=2e-7).fails
     assert dataclasses.replace(error, ours=float("nan")).fails
+
+
+def test_the_reference_is_no_truth_to_judge_float64_as_closely_as_float32() -> None:
+    # Its d input is wrong by three times what eager's in float32 lets expect; ours is not.
+    failed = accuracy_draws.draw(179574385766)
+    assert failed.dtype == torch.float64
+    double, single = (
+        accuracy.Error(draw, "d input", 3.2e-16, 1e-16, 1e-17)
+        for draw in (failed, failed.to(torch.float32))
+    )
+    assert not double.fails
+    assert single.fails
+    assert dataclasses.replace(double, ours=1e-15).fails

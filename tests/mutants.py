@@ -312,6 +312,13 @@ ENGINE = [
          "linear_autograd::fp16_as_gpus_multiply_it_survives_what_it_has_no_room_for"),
     ),
     *_in(
+        "fused_losses/engine/teacher.py",
+        ("the loss forgets a KL that its gradient has", "loss + (weight * found).sum()", "loss",
+         "policy_anchor::it_is_its_specification_in_every_plan"),
+        ("a KL's slope is not weighed", "c=c, share=weight", "c=c",
+         "policy_anchor::it_is_its_specification_in_every_plan"),
+    ),
+    *_in(
         "fused_losses/engine/ranges.py",
         ("sums follow the shift the wrong way", "(before - shift).exp()", "(shift - before).exp()",
          _TILES + "a_frozen_head_follows_a_shift_that_rises"),

@@ -78,6 +78,9 @@ class Case:
             "teacher_input": torch.randn(*shape, D + 1),
             "teacher_weight": torch.randn(V, D + 1),
             "teacher_bias": torch.randn(V),
+            "anchor_input": torch.randn(*shape, D + 1),
+            "anchor_weight_matrix": torch.randn(V, D + 1),
+            "anchor_bias": torch.randn(V),
             "teacher_ids": torch.rand(*shape, V).topk(3).indices,
             "teacher_logps": torch.randn(*shape, V).log_softmax(-1)[..., :3],
         }
@@ -115,6 +118,7 @@ TOKEN = ("ref_logps", "token_weight", "value")
 SPARSE = ("teacher_ids", "teacher_logps")
 TEACHER = ("teacher_input", "teacher_weight", "teacher_bias")
 POLICY = ("old_logps", "advantages", "ref_logps", "sampler_logps")
+TIED = ("old_logps", "advantages", "anchor_input", "anchor_weight_matrix", "anchor_bias")
 CASES = [
     *_both("mle_loss", ("token_weight",)),
     *_both("mle_loss", ("token_weight",), reduction="none"),
@@ -128,6 +132,8 @@ CASES = [
     *_both("kto_loss", ("ref_sums", "desirable"), reduction="none"),
     Case("linear_policy_loss", POLICY),
     Case("linear_policy_loss", POLICY, {"reduction": "none", "loss_type": "gspo", "beta": 0.1}),
+    Case("linear_policy_loss", TIED, {"beta": 0.1, "entropy_weight": 0.2}),
+    Case("linear_policy_loss", TIED, {"reduction": "none", "anchor": "forward_kl", "beta": 0.1}),
     Case("divergence_loss", ("teacher_logits", "token_weight")),
     Case("divergence_loss", ("teacher_logits",), {"divergence": "hellinger", "reduction": "none"}),
     Case("linear_divergence_loss", (*TEACHER, "token_weight")),

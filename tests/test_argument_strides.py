@@ -53,6 +53,7 @@ def test_the_layout_of_what_is_given_per_token_changes_no_bit(
     for shape in shapes:
         tensors = case.tensors(shape, device)
         scores = {"input", "linear_weight", "logits", "teacher_input", "teacher_weight"}
+        scores |= {"anchor_input", "anchor_weight_matrix"}
         if layout == "one value for all":  # a position's words differ
             scores.add("teacher_ids")
         strided = {name: t if name in scores else lay_out(t) for name, t in tensors.items()}

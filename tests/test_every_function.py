@@ -19,7 +19,7 @@ LEAVES = ("input", "linear_weight", "linear_bias", "logits")
 # Operands that have an entry, or a row, for each label.
 PER_TOKEN = (
     "input", "logits", "ref_logps", "token_weight", "old_logps", "sampler_logps",
-    "teacher_logits", "teacher_input", "teacher_logps",
+    "teacher_logits", "teacher_input", "teacher_logps", "anchor_input",
 )  # fmt: skip
 SHAPE = (2, 3)
 each_case = pytest.mark.parametrize("case", CASES, ids=str)

@@ -16,7 +16,7 @@ from fused_losses.engine.unit_sum import Step, run_steps
 from fused_losses.engine.units import UnitLayout
 from fused_losses.plan import Plan
 
-# Makes a step from the tokens' weights and a place for their losses.
+# Makes a step from the tokens' weights and a place for their losses, of one shape.
 MakeStep = Callable[[Tensor, Tensor, bool], Step]
 
 
@@ -31,12 +31,15 @@ def logits_each(
     make_step: MakeStep,
     ref: Tensor | None = None,
     value: Tensor | None = None,
+    *,
+    numbers: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return per-token losses (N,), differentiable, and rows; backward makes the logits again.
 
-    ``plans``: of forward, and of backward. ``ref`` and ``value`` as for ``unit_sum``.
+    ``plans``: of forward, and of backward. ``ref`` and ``value`` as for ``unit_sum``. ``numbers``:
+    how many the step makes of a token, (numbers, N) instead of (N,).
     """
-    return _LogitsEach.apply(x, w, bias, y, layout, call, plans, make_step, ref, value)
+    return _LogitsEach.apply(x, w, bias, y, layout, call, plans, make_step, numbers, ref, value)
 
 
 class _LogitsEach(torch.autograd.Function):
@@ -51,11 +54,12 @@ class _LogitsEach(torch.autograd.Function):
         call: Call,
         plans: tuple[Plan, Plan],
         make_step: MakeStep,
+        numbers: int | None,
         ref: Tensor | None,
         value: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         planned = PlannedCall(x, w, bias, y, layout.positions, call, plans[0])
-        each = torch.zeros_like(planned.rows[0])
+        each = torch.zeros_like(planned.rows[0 if numbers is None else slice(numbers)])
         step = make_step(torch.zeros_like(each), each, False)
         run_steps(planned, layout, step, None, ref, value)
         ctx.save_for_backward(x, w, bias, y, ref, value)
@@ -68,7 +72,7 @@ class _LogitsEach(torch.autograd.Function):
     def backward(ctx: Any, deach: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
         x, w, bias, y, ref, value = ctx.saved_tensors
         if deach is None:
-            return (None,) * 10
+            return (None,) * 11
         with torch.no_grad():
             # Upstream gradients hold 1 / count: brought near 1 while fp16 holds them.
             size = torch.ones_like(deach[:1].sum())
@@ -84,4 +88,4 @@ class _LogitsEach(torch.autograd.Function):
                     t if t is None or own is None else (t * size).to(own.dtype)
                     for t, own in zip(found, (x, w, bias), strict=True)
                 )
-        return (*once_differentiable(found, [deach, x, w, bias]), *(None,) * 7)
+        return (*once_differentiable(found, [deach, x, w, bias]), *(None,) * 8)

@@ -29,7 +29,7 @@ def step_of_logits(loss_fn: LogitsLoss, call: Call, device_type: str, *, gradien
     def step(chunk: Chunk, units: UnitChunk) -> Tensor:
         logits = transformed(chunk.z, call.maths, chunk.rows.dtype)
         with user_autocast:
-            given = call_loss(loss_fn, chunk.rows, units, call, gradient=gradient, logits=logits)
+            given = call_loss(loss_fn, chunk.rows, units, call, gradient=gradient, also=logits)
         loss, c, dlogits = given
         if gradient:
             own = None if dlogits is None else raw_gradient(dlogits, logits, call.maths)

@@ -13,13 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_losses.backends import Sides
+from fused_losses.backends import Coefficients, Sides, lines
 from fused_losses.chunk_bytes import row_stride
+from fused_losses.engine.call import Call
 from fused_losses.engine.divergence_rows import DivergenceCall
 from fused_losses.engine.head import Head
-from fused_losses.engine.unit_sum import Step
+from fused_losses.engine.unit_sum import Step, autocast_of, call_loss
 from fused_losses.engine.units import UnitChunk
 from fused_losses.engine.whole_rows import Chunk
+from fused_losses.stats import TokenStats
 
 
 @dataclass
@@ -47,6 +49,11 @@ class Teacher:
         return z
 
 
+def _sides(teacher: Teacher, chunk: Chunk, at: Tensor, call: DivergenceCall) -> Sides:
+    z = teacher.logits(at, call.backend)
+    return Sides(chunk.z, z, chunk.rows, call.row_pass(z, chunk.y, teacher=True))
+
+
 def divergence_step(
     teacher: Teacher,
     weight: Tensor,
@@ -70,9 +77,7 @@ def divergence_step(
     def step(chunk: Chunk, units: UnitChunk) -> Tensor:
         at = units.positions
         with torch.no_grad():
-            teacher_z = teacher.logits(at, call.backend)
-            teacher_rows = call.row_pass(teacher_z, chunk.y, teacher=True)
-            sides = Sides(chunk.z, teacher_z, chunk.rows, teacher_rows)
+            sides = _sides(teacher, chunk, at, call)
             mine = weight[at].to(chunk.rows.dtype)
             loss, found = call.fill(sides, chunk.y, mine, chunk.dz if gradient else None)
             each[at] = loss
@@ -81,3 +86,81 @@ def divergence_step(
             return (mine * loss).sum()
 
     return step
+
+
+def step_beside_a_divergence(
+    teacher: Teacher,
+    loss_fn: Callable[[TokenStats, UnitChunk, Tensor], Tensor],
+    call: Call,
+    asked: DivergenceCall,
+    *,
+    gradient: bool,
+    seen: Callable[[Tensor, Tensor], None],
+) -> Step:
+    """Make a step of a function of log-probs and divergences, under the autocast of now.
+
+    Args:
+        teacher: The other side.
+        loss_fn: ``(stats, units, divergences) -> 0-d loss``, linear in the divergences: what each
+            of them weighs is known before they are, and one pass makes them and the gradient.
+        call: What the row passes are asked for.
+        asked: The divergence.
+        gradient: Whether chunks get the gradient of the loss.
+        seen: Is told of each chunk: positions (R,), divergences (R,).
+    """
+    user_autocast = autocast_of(teacher.x.device.type)
+
+    def step(chunk: Chunk, units: UnitChunk) -> Tensor:
+        at = units.positions
+        with torch.no_grad():
+            sides = _sides(teacher, chunk, at, asked)
+            found = None if gradient else asked.divergences(sides, chunk.y)
+        also = torch.zeros_like(chunk.rows[0]) if found is None else found
+        with user_autocast:
+            loss, c, weight = call_loss(
+                loss_fn, chunk.rows, units, call, gradient=gradient, own=False, also=also
+            )
+        if found is None:
+            found = _with_gradient(chunk, sides, asked, c, weight)
+            loss = loss if weight is None else loss + (weight * found).sum()
+        seen(at, found)
+        return loss
+
+    return step
+
+
+def step_of_both(
+    teacher: Teacher, weight: Tensor, each: Tensor, call: Call, asked: DivergenceCall,
+    *, gradient: bool,
+) -> Step:  # fmt: skip
+    """Make a step that fills in log-probs, entropies and divergences, ``each`` (3, N).
+
+    ``weight`` (3, N) is what the gradient is to weigh them by; the step's own loss is 0.
+    """
+
+    def step(chunk: Chunk, units: UnitChunk) -> Tensor:
+        at = units.positions
+        rows = chunk.rows
+        with torch.no_grad():
+            sides = _sides(teacher, chunk, at, asked)
+            if gradient:
+                dlogp, dentropy, share = weight[:, at].to(rows.dtype)
+                c = Coefficients(dlogp, dentropy=dentropy if call.linear.entropy_gradient else None)
+                found = _with_gradient(chunk, sides, asked, c, share)
+            else:
+                found = asked.divergences(sides, chunk.y)
+            each[:, at] = torch.stack([rows[lines.LOGP], rows[lines.ENTROPY], found])
+        return found.new_zeros(())
+
+    return step
+
+
+def _with_gradient(
+    chunk: Chunk, sides: Sides, asked: DivergenceCall, c: Coefficients, weight: Tensor | None
+) -> Tensor:
+    """Return divergences (R,), and fill in the gradient of them, weighted, and of the rows."""
+    if weight is not None:
+        return asked.divergences(sides, chunk.y, gradient=chunk.dz, c=c, share=weight)
+    found = asked.divergences(sides, chunk.y)  # before the gradient takes the logits' place
+    chunk.differentiate(c)
+    return found

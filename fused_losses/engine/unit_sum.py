@@ -160,16 +160,17 @@ def call_loss(
     *,
     gradient: bool,
     own: bool = True,
-    logits: Tensor | None = None,
+    also: Tensor | None = None,
 ) -> tuple[Tensor, Coefficients, Tensor | None]:
     """Call the loss function on rows (LINES, R), which no graph holds, and differentiate it.
 
     ``own``: it is a user's, who may look at anything and overwrite it. Ours take log-probs, and
-    entropies if those may be differentiated.
+    entropies if those may be differentiated. ``also``: something of the rows that is no result of
+    theirs, for it to take too: their logits.
 
     Returns:
-        The loss, 0-d; its gradients with respect to logp, lse and entropy, (R,) each; and to the
-        logits, if they were given (R, V) and it depends on them.
+        The loss, 0-d; its gradients with respect to logp, lse and entropy, (R,) each; and to
+        ``also``, if it was given and the loss depends on it.
 
     Raises:
         ValueError: It returned something else than a 0-d tensor, one without a graph, or one that
@@ -187,7 +188,7 @@ def call_loss(
     stats = TokenStats(rows[lines.LOGP], rows[lines.LSE], entropy, rows[lines.TOP1])
     stats = (stats_of(rows, entropy=call.entropy) if own else stats)._replace(**named)
     leaves = list(named.values())
-    given = [] if logits is None else [logits.detach().requires_grad_(gradient)]
+    given = [] if also is None else [also.detach().requires_grad_(gradient)]
     # Frozen rows or not, what the function has captured may want a gradient.
     with torch.set_grad_enabled(gradient or torch.is_grad_enabled()):
         loss = loss_fn(stats, units, *given)
@@ -203,10 +204,10 @@ def call_loss(
     if loss.requires_grad and gradient:
         with torch.autocast(loss.device.type, enabled=False):
             slopes = list(torch.autograd.grad(loss, leaves, allow_unused=True))
-    dlogits = slopes.pop() if given else None
+    dalso = slopes.pop() if given else None
     of = dict(zip(named, slopes, strict=True))
     dlogp = torch.zeros_like(leaves[0]) if of["logps"] is None else of["logps"]
-    return loss.detach(), Coefficients(dlogp, of.get("lse"), None, of.get("entropy")), dlogits
+    return loss.detach(), Coefficients(dlogp, of.get("lse"), None, of.get("entropy")), dalso
 
 
 class _KnownGradient(torch.autograd.Function):

@@ -24,7 +24,7 @@ from fused_losses.functional.row_losses import reduced, token_losses_of_rows
 from fused_losses.functional.sources import eager_only
 from fused_losses.functional.teacher import open_teacher
 
-_TENSORS = ("anchor_input", "anchor_weight_matrix", "anchor_bias")
+TENSORS = ("anchor_input", "anchor_weight_matrix", "anchor_bias")
 
 
 @dataclass(frozen=True)
@@ -55,24 +55,34 @@ class Anchor:
         )
         name = given.get("anchor", "forward_kl")
         check_choice("anchor", name, get_args(AnchorName))
-        tensors = [given.get(tensor) for tensor in _TENSORS]
         if not weight:
-            for tensor in (*_TENSORS, "anchor"):
+            for tensor in (*TENSORS, "anchor"):
                 if given.get(tensor) is not None:
                     raise ValueError(
                         f"{tensor} was given and would not be read: anchor_weight is 0.0; give it "
                         f"a weight > 0, or leave {tensor} out"
                     )
             return None
-        for tensor, what in zip(_TENSORS[:2], ("hidden states", "head"), strict=True):
-            if given.get(tensor) is None:
-                raise ValueError(
-                    f"{tensor} is required by anchor_weight={weight}: the {what} of the reference "
-                    "model, run under torch.no_grad(); or leave anchor_weight at 0.0"
-                )
-        x, w, bias = tensors
-        teacher = open_teacher(source, x, w, bias, _TENSORS)
+        teacher = _open_reference(
+            source, given, f"anchor_weight={weight}", "leave anchor_weight at 0.0"
+        )
         return Anchor(weight, check_divergence(name, 0.5), teacher)
+
+    @staticmethod
+    def of_policy(source: LinearSource, given: Mapping[str, Any]) -> Anchor | None:
+        """Check the same of a policy loss, whose ``beta`` is the weight; None if nothing is given.
+
+        Raises:
+            TypeError: As :meth:`of`.
+            ValueError: As :meth:`of`.
+        """
+        named = [name for name in (*TENSORS, "anchor") if given.get(name) is not None]
+        if not named:
+            return None
+        name = "reverse_kl" if given.get("anchor") is None else given["anchor"]
+        check_choice("anchor", name, get_args(AnchorName))
+        teacher = _open_reference(source, given, named[0], f"leave {', '.join(named)} out")
+        return Anchor(1.0, check_divergence(name, 0.5), teacher)
 
     def call(self, source: LinearSource, objective: Objective | None) -> DivergenceCall:
         """Describe the divergence and the loss beside it to the engine."""
@@ -86,6 +96,19 @@ class Anchor:
             weight=self.weight,
             objective=objective,
         )
+
+
+def _open_reference(
+    source: LinearSource, given: Mapping[str, Any], needed_by: str, cure: str
+) -> Teacher:
+    for tensor, what in zip(TENSORS[:2], ("hidden states", "head"), strict=True):
+        if given.get(tensor) is None:
+            raise ValueError(
+                f"{tensor} is required by {needed_by}: the {what} of the reference model, run "
+                f"under torch.no_grad(); or {cure}"
+            )
+    x, w, bias = (given.get(tensor) for tensor in TENSORS)
+    return open_teacher(source, x, w, bias, TENSORS)
 
 
 def run_token_loss(

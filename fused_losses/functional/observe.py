@@ -70,8 +70,8 @@ class PolicyStats(NamedTuple):
         ratios: Per token, target's shape: the ratio to the old policy, of the loss's level.
         low_clipped: bool, the same shape: clipped from below, where the advantage is negative.
         high_clipped: bool, the same shape: clipped from above, where the advantage is positive.
-        kl: Per token, the same shape: the estimate of KL(policy || reference), nats; None without
-            ``ref_logps``.
+        kl: Per token, the same shape, nats: the estimate of KL(policy || reference) or, with
+            ``anchor_input``, the KL of ``anchor`` over the whole vocabulary; None without either.
         clip_fraction: 0-d: share of the counted tokens that are clipped.
     """
 

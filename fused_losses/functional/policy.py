@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Unpack
 
@@ -11,11 +12,14 @@ from torch import Tensor
 from fused_losses.arguments import refuse_unserved, warn_of_empty
 from fused_losses.engine.rows import stats_of
 from fused_losses.engine.units import UnitChunk, UnitLayout
-from fused_losses.functional.linear_source import open_source
+from fused_losses.functional.anchor import TENSORS, Anchor
+from fused_losses.functional.linear_source import LinearSource, open_source
 from fused_losses.functional.observe import PolicyStats, report_stats, statistics_wanted
+from fused_losses.functional.options import Anchor as AnchorName
 from fused_losses.functional.options import Options, SharedLinearOptions
 from fused_losses.functional.responses import Responses
-from fused_losses.functional.sources import Source
+from fused_losses.functional.sources import eager_only, lays_out_units
+from fused_losses.functional.tied_units import tied_rows, tied_sum
 from fused_losses.functional.tokens import Tokens
 from fused_losses.policy import (
     PolicyOptions,
@@ -28,7 +32,8 @@ from fused_losses.policy import (
     policy_total,
     token_losses,
 )
-from fused_losses.policy.loss import EMPTY, check_logps, check_operands, expand_advantages
+from fused_losses.policy.checks import check_logps, check_operands, expand_advantages
+from fused_losses.policy.loss import EMPTY
 from fused_losses.policy.options import Count
 from fused_losses.stats import TokenStats
 
@@ -50,6 +55,10 @@ def linear_policy_loss(
     sampler_logps: Tensor | None = None,
     sampler_cap: float = 3.0,
     max_length: float | None = None,
+    anchor: AnchorName | None = None,
+    anchor_input: Tensor | None = None,
+    anchor_weight_matrix: Tensor | None = None,
+    anchor_bias: Tensor | None = None,
     **common: Unpack[SharedLinearOptions],
 ) -> Tensor:
     """:func:`policy_loss` from hidden states: 6 N D V FLOPs, as for a token loss.
@@ -59,6 +68,12 @@ def linear_policy_loss(
     does not fit the workspace, ``reduction="none"`` and ``torch.compile`` recompute the logits in
     backward: 8 N D V. With a frozen weight 4 N D V, whatever fits. With logits at hand call
     :func:`token_stats` and then :func:`policy_loss`.
+
+    With ``anchor_input`` and ``anchor_weight_matrix`` the KL that ``beta`` weighs is no estimate
+    from the sampled tokens but that of the whole predicted distributions, in the same pass: 8 N D V
+    for a reference as wide as the policy, 6 with a frozen weight, 4 without gradients; where the
+    plain loss takes 8, 12. No logits of either are stored. The reference's get the policy's
+    softcap, scale and temperature. Eager only.
 
     Args:
         input: (..., T, D) hidden states, floating point; sequences of T tokens.
@@ -75,12 +90,19 @@ def linear_policy_loss(
         ratio_level: ``token``, ``sequence`` or ``sequence_token``; None: the loss's own.
         epsilon: How far below 1 a ratio goes unclipped, in (0, 1); not for ``cispo``.
         epsilon_high: The same above 1, > 0; None: as ``epsilon``. In ``cispo`` the cap (None: 5).
-        beta: Weight of the KL estimate, >= 0; above 0 it needs ``ref_logps``.
+        beta: Weight of the KL, >= 0; above 0 it needs ``ref_logps`` or ``anchor_input``.
         entropy_weight: Weight of the mean entropy, >= 0, which is taken from the loss.
         sampler_logps: Target's shape, log-probs as the engine that sampled reported them, for
             truncated importance sampling.
         sampler_cap: Largest weight of a token by ``sampler_logps``, > 0.
         max_length: The constant of ``dr_grpo``, > 0; other losses refuse it.
+        anchor: "reverse_kl" (None: this), KL(policy || reference), which the estimate is of; or
+            "forward_kl", KL(reference || policy).
+        anchor_input: (..., T, D') hidden states of the reference, at the positions of ``input``, in
+            the place of ``ref_logps``. Constant, as the head.
+        anchor_weight_matrix: (V, D'), the reference's head, over the same words: of a frozen head
+            the policy's own, else a copy.
+        anchor_bias: (V,) bias of that head.
         **common: See :class:`fused_losses.SharedLinearOptions`; ``num_items`` counts tokens for
             ``bnpo``, ``dapo`` and ``cispo``, and sequences for the others; ``token_weight`` and
             ``z_loss`` are refused. ``temperature`` is the one that was sampled with.
@@ -92,7 +114,9 @@ def linear_policy_loss(
     Raises:
         TypeError: Dtypes that nothing computes with; unknown options.
         ValueError: A 1-D target; shapes, devices or options that do not fit; a term without its
-            operand; advantages that require a gradient; a workspace too small for one row.
+            operand, or with two; a reference of other words or positions; advantages or a reference
+            that require a gradient; a workspace too small for one row.
+        NotImplementedError: ``anchor_input`` beside a sharded weight.
         IndexError: A label outside [0, V); on a GPU only with ``validate=True``, else the loss is
             NaN.
 
@@ -111,7 +135,11 @@ def linear_policy_loss(
         max_length=max_length,
     )
     logps = {"old_logps": old_logps, "ref_logps": ref_logps, "sampler_logps": sampler_logps}
-    return _run(source, target, logps, advantages, o, options)
+    given = (anchor, anchor_input, anchor_weight_matrix, anchor_bias)
+    if all(t is None for t in given):
+        return _run(source, target, logps, advantages, o, options)
+    anchored = dict(zip(("anchor", *TENSORS), given, strict=True))
+    return _run_tied(source, target, logps, advantages, o, options, anchored)
 
 
 @dataclass(frozen=True)
@@ -137,6 +165,7 @@ class _Batch:
         logps: dict[str, Tensor | None],
         advantages: Any,
         o: PolicyOptions,
+        anchor: Anchor | None,
     ) -> _Batch:
         """Check what is per token, and what is per sequence."""
         if len(tokens.shape) < 2:
@@ -144,7 +173,7 @@ class _Batch:
                 "target must be (..., T), sequences of tokens, got a target of shape "
                 f"{tuple(tokens.shape)}; give one sequence as (1, T)"
             )
-        check_operands(o.beta, logps["ref_logps"], o.entropy_weight)
+        check_operands(o.beta, logps["ref_logps"], anchor, o.entropy_weight, kl_name="anchor_input")
         labels = tokens.y.view(tokens.shape)
         given = {"advantages": expand_advantages(advantages, tokens.shape, "target")}
         for name, t in logps.items():
@@ -172,8 +201,10 @@ class _Batch:
         layout = self.responses.layout()
         return layout if self.takes_sequences else layout.cut()
 
-    def rollouts(self, stats: TokenStats, units: UnitChunk | None) -> Rollouts:
-        """Return the sequences of a chunk, or all, from the statistics of their tokens."""
+    def rollouts(
+        self, stats: TokenStats, units: UnitChunk | None, kl: Tensor | None = None
+    ) -> Rollouts:
+        """Return the sequences of a chunk, or all, from statistics and KL of their tokens."""
         logps, sequences, lengths = stats.logps, self.responses, self.lengths
         data, counted = self.data, None
         if units is None:
@@ -196,47 +227,61 @@ class _Batch:
             options=self.o,
             counted=counted,
             ref_logps=data.get("ref_logps"),
+            kl=kl,
             sampler_logps=data.get("sampler_logps"),
             entropy=stats.entropy if self.o.entropy_weight else None,
         )
 
 
 def _run(
-    source: Source,
+    source: LinearSource,
     target: Any,
     logps: dict[str, Tensor | None],
     advantages: Any,
     o: PolicyOptions,
     options: Options,
+    anchored: Mapping[str, Any] | None = None,
 ) -> Tensor:
     options.refuse("by policy losses, whose advantages weigh tokens", token_weight=None)
     options.refuse("by policy losses", z_loss=0.0, label_smoothing=0.0)
+    anchor = Anchor.of_policy(source, anchored or {})
     tokens = source.tokens(target)
-    batch = _Batch.of(tokens, source.backend, logps, advantages, o)
+    batch = _Batch.of(tokens, source.backend, logps, advantages, o, anchor)
     warn_of_empty("target", batch.lengths, EMPTY)
     explores = bool(o.entropy_weight)
-    entropy = explores or statistics_wanted()
-    if options.reduction == "none":
-        rows = source.statistics(tokens, entropy=entropy, entropy_gradient=explores)
-        each = token_losses(batch.rollouts(stats_of(rows, entropy=entropy), None))
-        loss = tokens.restore(each)
+    asked = {"entropy": explores or statistics_wanted(), "entropy_gradient": explores}
+
+    def total(stats: TokenStats, units: UnitChunk | None, kl: Tensor | None = None) -> Tensor:
+        counts = batch.counts(units)
+        factors = policy_factors(o, *counts, options.reduction, options.num_items)
+        return policy_total(batch.rollouts(stats, units, kl), factors)
+
+    kl: Tensor | None = None
+    if anchor is not None and lays_out_units(tokens):
+        call = source.call(None, **asked)
+        if options.reduction == "none":
+            stats, rows, kl = tied_rows(source, tokens, call, anchor)
+            loss = tokens.restore(token_losses(batch.rollouts(stats, None, kl)))
+        else:
+            loss, rows, kl = tied_sum(source, tokens, batch.layout(), call, anchor, total)
+    elif options.reduction == "none":
+        rows = source.statistics(tokens, **asked)
+        stats = stats_of(rows, entropy=asked["entropy"])
+        loss = tokens.restore(token_losses(batch.rollouts(stats, None)))
     else:
-
-        def total(stats: TokenStats, units: UnitChunk | None) -> Tensor:
-            counts = batch.counts(units)
-            factors = policy_factors(o, *counts, options.reduction, options.num_items)
-            return policy_total(batch.rollouts(stats, units), factors)
-
-        loss, rows = source.unit_sum(
-            tokens, batch.layout, total, entropy=entropy, entropy_gradient=explores
-        )
-    report_stats(lambda: _stats(rows.detach(), batch))
+        loss, rows = source.unit_sum(tokens, batch.layout, total, **asked)
+    report_stats(lambda: _stats(rows.detach(), batch, kl))
     return loss
 
 
-def _stats(rows: Tensor, batch: _Batch) -> PolicyStats:
+_run_tied = eager_only(
+    "policy losses with anchor_input run eagerly only; call them outside torch.compile"
+)(_run)
+
+
+def _stats(rows: Tensor, batch: _Batch, kl: Tensor | None) -> PolicyStats:
     tokens = batch.responses.tokens
-    terms = policy_terms(batch.rollouts(stats_of(rows, entropy=True), None))
+    terms = policy_terms(batch.rollouts(stats_of(rows, entropy=True), None, kl))
     clipped = (terms.low | terms.high).sum() / batch.lengths.sum().clamp(min=1)
     return PolicyStats(
         **tokens.stats(rows, entropy=True)._asdict(),

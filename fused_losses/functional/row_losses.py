@@ -20,6 +20,7 @@ from fused_losses.functional.observe import Stats, report_plan, report_stats
 from fused_losses.functional.options import Options
 from fused_losses.functional.sources import lays_out_units
 from fused_losses.functional.tokens import Tokens, mean_factor
+from fused_losses.plan import Plan
 
 
 def token_losses_of_rows(
@@ -82,14 +83,10 @@ def _run(
         return replace(plain, whole_logits=True, **more)
 
     trained = shape(None)
-    plan = source.plan_whole_rows(layout, trained)
     if options.reduction == "none" and trained.need_gradient:
-        forward = source.plan_whole_rows(layout, shape(Needs(False, False, False)))
-        fields = ("flops", "bytes_moved", "cost")
-        sums = {name: getattr(plan, name) + getattr(forward, name) for name in fields}
-        both = replace(plan, **sums)
-        report_plan(lambda: both)
-        return logits_each(*operands, (forward, plan), make_step, *data)
+        plans = plan_each(source, layout, shape)
+        return logits_each(*operands, plans, make_step, *data)
+    plan = source.plan_whole_rows(layout, trained)
     report_plan(lambda: plan)
     of_row = torch.promote_types(call.linear.logits_dtype, torch.float32)
     each = torch.zeros(tokens.y.shape, dtype=of_row, device=tokens.y.device)
@@ -99,6 +96,25 @@ def _run(
     step = make_step(own, each, trained.need_gradient)
     total, rows = unit_sum(*operands, plan, step, *data)
     return (each if options.reduction == "none" else total), rows
+
+
+def plan_each(
+    source: LinearSource, layout: UnitLayout, shape: Callable[[Needs | None], LinearShape]
+) -> tuple[Plan, Plan]:
+    """Plan what makes the logits again in backward: its forward, and its backward.
+
+    Raises:
+        ValueError: As ``plan_whole_rows``.
+    """
+    plan = source.plan_whole_rows(layout, shape(None))
+    if not plan.has_gradient:
+        report_plan(lambda: plan)
+        return plan, plan
+    forward = source.plan_whole_rows(layout, shape(Needs(False, False, False)))
+    fields = ("flops", "bytes_moved", "cost")
+    sums = {name: getattr(plan, name) + getattr(forward, name) for name in fields}
+    report_plan(lambda: replace(plan, **sums))
+    return forward, plan
 
 
 def reduced(each: Tensor, weight: Tensor | None, tokens: Tokens, options: Options) -> Tensor:

@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from fused_losses.arguments import (
-    check_choice,
-    check_num_items,
-    plain,
-    refuse_gradient,
-    warn_of_empty,
+from fused_losses.arguments import check_choice, check_num_items, plain, warn_of_empty
+from fused_losses.policy.checks import (
+    check_logps,
+    check_mask,
+    check_operands,
+    check_place,
+    expand_advantages,
 )
 from fused_losses.policy.losses import POLICY_LOSSES, RATIO_LEVELS, PolicyType, RatioLevel
 from fused_losses.policy.options import Count, parse_policy_options, policy_factors
 from fused_losses.policy.rollouts import Rollouts, Terms
 
-ADVANTAGE_CURE = "it is a constant of the loss: pass advantages.detach()"
 EMPTY = "they add nothing, and no mean counts them: to count them, give num_items"
 
 
 def policy_terms(rollouts: Rollouts) -> Terms:
     """What there is to tell of all tokens; 0 and False where nothing counts."""
-    o, counted, ref = rollouts.options, rollouts.counted, rollouts.ref_logps
-    ratios, kl = _ratios(rollouts), None if ref is None else _kl(ref - rollouts.logps)
+    o, counted = rollouts.options, rollouts.counted
+    ratios, kl = _ratios(rollouts), _kl(rollouts)
     low, high = POLICY_LOSSES[o.loss_type].clips(ratios, rollouts)
     if counted is not None:
         ratios, low, high = torch.where(counted, ratios, 0.0), low & counted, high & counted
@@ -37,8 +37,11 @@ def _ratios(rollouts: Rollouts) -> Tensor:
     return level(rollouts.logps - rollouts.old, rollouts).exp()
 
 
-def _kl(d: Tensor) -> Tensor:
-    """The estimate of KL(policy || reference), from log(reference / policy)."""
+def _kl(rollouts: Rollouts) -> Tensor | None:
+    """The KL to the reference: what was given, or the estimate of KL(policy || reference)."""
+    if rollouts.ref_logps is None:
+        return rollouts.kl
+    d = rollouts.ref_logps - rollouts.logps
     return torch.expm1(d) - d
 
 
@@ -48,8 +51,9 @@ def _surrogates(rollouts: Rollouts) -> Tensor:
     losses = POLICY_LOSSES[o.loss_type].fn(_ratios(rollouts), rollouts)
     if rollouts.sampler_logps is not None:
         losses = losses * (rollouts.old - rollouts.sampler_logps).exp().clamp(max=o.sampler_cap)
-    if o.beta and rollouts.ref_logps is not None:
-        losses = losses + o.beta * _kl(rollouts.ref_logps - rollouts.logps)
+    kl = _kl(rollouts) if o.beta else None
+    if kl is not None:
+        losses = losses + o.beta * kl
     return losses if rollouts.counted is None else torch.where(rollouts.counted, losses, 0.0)
 
 
@@ -85,6 +89,7 @@ def policy_loss(
     epsilon: float = 0.2,
     epsilon_high: float | None = None,
     beta: float = 0.0,
+    kl: Tensor | None = None,
     entropy: Tensor | None = None,
     entropy_weight: float = 0.0,
     sampler_logps: Tensor | None = None,
@@ -102,7 +107,8 @@ def policy_loss(
     * ``cispo``: s_t = -sg(min(w_t, ``epsilon_high``)) A_t logp_t; the cap is ``epsilon_high``
       itself (None: 5), and there is no bound below [2]
     * loss_t = s_t min(exp(old_t - sampler_t), C) + ``beta`` (exp(d_t) - 1 - d_t), d_t = ref_t -
-      logp_t: truncated importance sampling [3] and the K3 estimate of KL(policy || reference)
+      logp_t: truncated importance sampling [3] and the K3 estimate of KL(policy || reference), in
+      whose place ``kl`` is the KL itself
 
     with w_t = exp(logp_t - old_t) at ``ratio_level="token"``; at ``"sequence"`` (GSPO [4]) all
     tokens of a sequence have the exponential of the mean of its log-ratios, and at
@@ -120,7 +126,7 @@ def policy_loss(
     Args:
         logps: (..., T) float32 or float64, log-probs of the sampled tokens; differentiated.
         old_logps: The same under the policy that the advantages belong to; None: this one, so that
-            ratios are 1 and have a gradient. As all that follows but ``entropy``, never
+            ratios are 1 and have a gradient. As all that follows but ``kl`` and ``entropy``, never
             differentiated; never read where ``mask`` is False.
         advantages: (...), one per sequence, or (..., T), one per token.
         mask: (..., T) bool or integer: which tokens count.
@@ -130,7 +136,10 @@ def policy_loss(
             which does not take ``token``, and ``token`` for the others.
         epsilon: How far below 1 a ratio goes unclipped, in (0, 1); not for ``cispo``.
         epsilon_high: The same above 1, > 0; None: as ``epsilon``.
-        beta: Weight of the KL estimate, >= 0; above 0 it needs ``ref_logps``.
+        beta: Weight of the KL, >= 0; above 0 it needs ``ref_logps`` or ``kl``.
+        kl: (..., T), in the place of ``ref_logps``: the KL between the predictions of policy and
+            reference over the whole vocabulary, as :func:`divergence_loss` gives it with
+            ``reduction="none"``; differentiated.
         entropy: (..., T), of the predictions; differentiated.
         entropy_weight: Weight of the mean entropy, >= 0; above 0 it needs ``entropy``.
         sampler_logps: (..., T), log-probs as the engine that sampled reported them.
@@ -147,7 +156,8 @@ def policy_loss(
     Raises:
         TypeError: Log-probs that are not floating point, a mask of floats, options of other types.
         ValueError: Unknown names, shapes that differ, a precision below float32, options out of
-            range, of another loss, or without their operand; advantages that require a gradient.
+            range, of another loss, or without their operand; ``ref_logps`` beside ``kl``;
+            advantages that require a gradient.
 
     References:
         [1] Shao et al., GRPO, arXiv 2402.03300, eq. 3. [2] MiniMax-M1, arXiv 2506.13585, eqs. 4
@@ -168,16 +178,16 @@ def policy_loss(
     check_choice("reduction", reduction, ("mean", "sum", "none"))
     num_items = plain(num_items)
     check_num_items("num_items", num_items, reduction)
-    check_operands(o.beta, ref_logps, o.entropy_weight, entropy)
+    check_operands(o.beta, ref_logps, kl, o.entropy_weight, entropy)
     check_logps("logps", logps, logps, "logps")
-    counted = _counted(mask, logps)
+    counted = check_mask(mask, logps)
     check_place("advantages", advantages, "logps", logps)
 
     def per_token(name: str, t: Tensor | None) -> Tensor | None:
         if t is None:
             return None
         check_logps(name, t, logps, "logps")
-        t = t if name == "entropy" else t.detach()
+        t = t if name in ("entropy", "kl") else t.detach()
         return torch.where(counted, t, 0.0).to(logps.dtype)
 
     lengths = counted.sum(-1)
@@ -191,6 +201,7 @@ def policy_loss(
         o,
         counted=counted,
         ref_logps=per_token("ref_logps", ref_logps),
+        kl=per_token("kl", kl),
         sampler_logps=per_token("sampler_logps", sampler_logps),
         entropy=per_token("entropy", entropy),
     )
@@ -199,101 +210,3 @@ def policy_loss(
         return token_losses(rollouts)
     counts = lengths.sum().double(), (lengths > 0).sum().double()
     return policy_total(rollouts, policy_factors(o, *counts, reduction, num_items))
-
-
-def check_operands(
-    beta: float, ref_logps: object, entropy_weight: float, entropy: object = True
-) -> None:
-    """Raise if a term has a weight and nothing to weigh.
-
-    Raises:
-        ValueError: As above.
-    """
-    if beta and ref_logps is None:
-        raise ValueError(
-            f"ref_logps is required by beta={beta}: log-probs of the tokens under the reference "
-            "model, or leave beta at 0.0"
-        )
-    if entropy_weight and entropy is None:
-        raise ValueError(
-            f"entropy is required by entropy_weight={entropy_weight}: "
-            "token_stats(..., entropy=True).entropy, or leave entropy_weight at 0.0"
-        )
-
-
-def check_logps(name: str, t: Any, beside: Tensor, beside_name: str) -> None:
-    """Raise unless t is per token, and of a dtype that can carry a ratio.
-
-    Raises:
-        TypeError: Not a tensor of floats.
-        ValueError: Another shape, a dtype below float32, another device.
-    """
-    if not isinstance(t, Tensor) or not t.is_floating_point():
-        got = t.dtype if isinstance(t, Tensor) else type(t).__name__
-        raise TypeError(f"{name} must be a float32 or float64 tensor, got {got}")
-    if t.dtype not in (torch.float32, torch.float64):
-        raise ValueError(
-            f"{name} must be float32 or float64, got {t.dtype}: its rounding would shift every "
-            "ratio; keep the dtype that token_stats or linear_token_stats returns"
-        )
-    if t.dim() < 2:
-        raise ValueError(
-            f"{name} must be (..., T), sequences of tokens, got shape {tuple(t.shape)}; give one "
-            "sequence as (1, T)"
-        )
-    if t.shape != beside.shape:
-        raise ValueError(
-            f"{name} must have {beside_name}'s shape {tuple(beside.shape)}, one entry per token, "
-            f"got {tuple(t.shape)}; what token_stats or linear_token_stats returns for the same "
-            "target and shift has it"
-        )
-    check_place(name, t, beside_name, beside)
-
-
-def check_place(name: str, t: Any, beside_name: str, beside: Tensor) -> None:
-    """Raise if t is a tensor on another device.
-
-    Raises:
-        ValueError: As above.
-    """
-    if isinstance(t, Tensor) and t.device != beside.device:
-        raise ValueError(
-            f"{name} must be on {beside_name}'s device {str(beside.device)!r}, "
-            f"got {str(t.device)!r}"
-        )
-
-
-def expand_advantages(advantages: Any, shape: torch.Size, shape_name: str) -> Tensor:
-    """Check advantages per sequence, or per token, and give each token its own.
-
-    Raises:
-        TypeError: Not a tensor of floats.
-        ValueError: Another shape; they require a gradient.
-    """
-    if not isinstance(advantages, Tensor) or not advantages.is_floating_point():
-        got = advantages.dtype if isinstance(advantages, Tensor) else type(advantages).__name__
-        raise TypeError(f"advantages must be a tensor of floats, got {got}")
-    refuse_gradient("advantages", advantages, ADVANTAGE_CURE)
-    if advantages.shape == shape[:-1]:
-        advantages = advantages[..., None].expand(shape)
-    if advantages.shape != shape:
-        raise ValueError(
-            f"advantages must be one per sequence, {tuple(shape[:-1])}, or one per token, "
-            f"{shape_name}'s shape {tuple(shape)}, got {tuple(advantages.shape)}"
-        )
-    return advantages.detach()
-
-
-def _counted(mask: Any, logps: Tensor) -> Tensor:
-    if not isinstance(mask, Tensor) or mask.is_floating_point() or mask.is_complex():
-        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        raise TypeError(
-            f"mask must be a bool or integer tensor, got {got}; it says which tokens count and "
-            "weighs none: pass mask.bool()"
-        )
-    if mask.shape != logps.shape:
-        raise ValueError(
-            f"mask must have logps's shape {tuple(logps.shape)}, got {tuple(mask.shape)}"
-        )
-    check_place("mask", mask, "logps", logps)
-    return mask != 0

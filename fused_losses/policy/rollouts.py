@@ -39,6 +39,7 @@ class Rollouts:
         options: The clip range and the like.
         counted: bool, which tokens count; None: all.
         ref_logps: Log-probs under the reference model, or None.
+        kl: KL divergence to the reference, if that is known instead, or None.
         sampler_logps: Log-probs as the sampler had them, or None.
         entropy: Entropy of each prediction, or None.
     """
@@ -52,6 +53,7 @@ class Rollouts:
     options: PolicyOptions
     counted: Tensor | None = None
     ref_logps: Tensor | None = None
+    kl: Tensor | None = None
     sampler_logps: Tensor | None = None
     entropy: Tensor | None = None
 
@@ -73,7 +75,7 @@ class Terms:
         ratios: The ratio to the old policy, of the level that was asked for.
         low: bool, clipped from below, where the advantage is negative.
         high: bool, clipped from above, where the advantage is positive.
-        kl: The KL estimate to the reference, or None.
+        kl: The KL to the reference, or its estimate, or None.
     """
 
     ratios: Tensor

@@ -13,7 +13,7 @@ from fused_losses.arguments import check_flag, check_number, expand_units
 from fused_losses.policy import policy_loss
 from fused_losses.reference import kto, losses, pairs
 from fused_losses.reference import stats as statistics
-from fused_losses.reference.anchor import anchored
+from fused_losses.reference.anchor import anchored, kl_to_reference
 from fused_losses.reference.rows import counted_rows, linear_logits
 from fused_losses.stats import TokenStats, call_on_stats
 
@@ -107,7 +107,9 @@ def linear_policy_loss(
         advantages: See ``policy_loss``.
         ref_logps: See ``policy_loss``.
         entropy_weight: See ``policy_loss``.
-        **options: Those of ``policy_loss`` but ``entropy``, and of ``linear_token_stats``.
+        **options: Those of ``policy_loss`` but ``entropy`` and ``kl``, those of
+            ``linear_token_stats``, and those of the anchor of ``linear_mle_loss`` but its weight:
+            then ``beta`` weighs the KL of ``anchor``, by default "reverse_kl", not an estimate.
 
     Returns:
         As ``policy_loss``.
@@ -117,8 +119,15 @@ def linear_policy_loss(
             raise ValueError(f"{name} is not taken by policy losses")
     names = inspect.signature(policy_loss).parameters
     policy = {name: options.pop(name) for name in list(options) if name in names}
+    anchor = {name: options.pop(name) for name in list(options) if name.startswith("anchor")}
     entropy = bool(check_number("entropy_weight", entropy_weight))
-    stats = linear_token_stats(input, linear_weight, target, entropy=entropy, **options)
+    logits, options = _logits(input, linear_weight, target, **options)
+    stats = statistics.token_stats(logits, target, entropy=entropy, **options)
+    kl = None
+    if anchor:
+        shared = {name: t for name, t in options.items() if name != "validate"}
+        anchor = {"anchor": "reverse_kl", **anchor}
+        kl = kl_to_reference(logits, target, reduction="none", **anchor, **shared)
     ignore_index, shift = options.get("ignore_index", -100), options.get("shift", False)
     mask = torch.zeros(target.numel(), dtype=torch.bool, device=target.device)
     mask[counted_rows(target, ignore_index, shift)] = True
@@ -128,6 +137,7 @@ def linear_policy_loss(
         advantages,
         mask.view(target.shape),
         ref_logps,
+        kl=kl,
         entropy=stats.entropy,
         entropy_weight=entropy_weight,
         **policy,

@@ -1,44 +1,32 @@
 """Run a dataset's code in a process of its own, under limits of time and memory.
 
 The limits contain what goes wrong by accident: endless loops, runaway memory, stray output, files
-left behind, a test suite cut short by ``exit()``. They are no jail for code written to attack:
-data from an untrusted source belongs in a container or a virtual machine.
+left behind, a test suite cut short by ``exit()``. On Linux the kernel also refuses the network,
+files but those that imports read, other processes and signals to them (``sandbox_child.py``); where
+it cannot, a warning says so. That is no jail for code written to attack the kernel or the
+interpreter, and a program that looks for it can forge its verdict, which is made in its process:
+data from a source that means harm belongs in a virtual machine.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import secrets
 import signal
 import subprocess
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
-# The child limits itself before it compiles a line of the task. The verdict is a word the parent
-# drew for this run, written after the last line: leaving early, with any exit code, is no pass.
-_RUNNER = """
-import os, resource, sys
-word, _, source = sys.stdin.read().partition("\\n")
-cpu, memory, size = map(int, sys.argv[1:4])
-verdict = os.dup(1)
-quiet = os.open(os.devnull, os.O_RDWR)
-for standard in (0, 1, 2):
-    os.dup2(quiet, standard)
-bounds = {"CPU": (cpu, cpu + 1), "AS": (memory, memory), "DATA": (memory, memory),
-          "FSIZE": (size, size), "CORE": (0, 0), "NPROC": (0, 0)}
-for name, bound in bounds.items():
-    if hasattr(resource, "RLIMIT_" + name):
-        try:
-            resource.setrlimit(getattr(resource, "RLIMIT_" + name), bound)
-        except (OSError, ValueError):
-            if name == "CPU":
-                raise
-exec(compile(source, "task", "exec"), {"__name__": "task"})
-os.write(verdict, word.encode())
-"""
+import sandbox_child
+
+# It limits itself before it compiles a line of the task. The verdict is a word the parent drew for
+# this run, written after the last line: leaving early, with any exit code, is no pass.
+_CHILD = Path(__file__).with_name("sandbox_child.py")
 
 
 class Limits(NamedTuple):
@@ -65,10 +53,22 @@ def run(program: str, limits: Limits = Limits()) -> Verdict:  # noqa: B008 (immu
     """Run ``program`` (Python source) in a limited subprocess and tell whether it reached its end.
 
     The process has an empty temporary working folder, no environment variable of ours, no site
-    packages, and a process group of its own, which is killed whatever happens.
+    packages, and a process group of its own, which is killed whatever happens. On Linux it writes
+    no file, reads none of ours, and reaches no network and no process.
+
+    Warns:
+        RuntimeWarning: The kernel has no Landlock or no seccomp, which would see to that.
     """
     if os.name != "posix":
         raise SystemExit("running dataset code needs the limits of a POSIX system (Linux, macOS)")
+    lacks = _lacks()
+    if lacks:
+        warnings.warn(
+            f"a dataset's code runs under limits alone: no {' and no '.join(lacks)} here "
+            "to keep it from the network, files and processes",
+            RuntimeWarning,
+            stacklevel=2,
+        )
     word = secrets.token_hex(16)
     arguments = [str(limits.cpu_seconds), str(limits.memory_bytes), str(limits.file_bytes)]
     # Input and verdict are files without a name, not pipes: a grandchild that keeps a pipe open
@@ -81,7 +81,7 @@ def run(program: str, limits: Limits = Limits()) -> Verdict:  # noqa: B008 (immu
         stdin.write(f"{word}\n{program}".encode())
         stdin.seek(0)
         child = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-c", _RUNNER, *arguments],
+            [sys.executable, "-I", "-S", str(_CHILD), *arguments],
             stdin=stdin,
             stdout=stdout,
             stderr=subprocess.DEVNULL,
@@ -102,6 +102,9 @@ def run(program: str, limits: Limits = Limits()) -> Verdict:  # noqa: B008 (immu
     if -code in (signal.SIGXCPU, signal.SIGKILL):
         return Verdict(False, "cpu time")
     return Verdict(False, "failed" if code else "ended early")
+
+
+_lacks = functools.cache(sandbox_child.missing)
 
 
 def _kill_group(child: subprocess.Popen[bytes]) -> None:

@@ -876,6 +876,24 @@ TRAINERS = [
     ),
 ]  # fmt: skip
 
+_ESCAPES = "sandbox::what_is_not_a_programs_own_is_refused_and_stays"
+
+EXAMPLES = [
+    *_in(
+        "examples/sandbox_child.py",
+        ("a program may ask for a socket", '"socket": (41, 198), ', "", _ESCAPES),
+        ("a program may fork", "(_ANY_BIT, _CLONE_THREAD, 1), refuse,",
+         "(_ANY_BIT, _CLONE_THREAD, 1), allow,", _ESCAPES),
+        ("a program may set its limits", "one(_EQUAL, 0, 1), refuse, allow",
+         "one(_EQUAL, 0, 1), allow, allow", _ESCAPES),
+        ("rules of files are made and not kept to",
+         "_checked(libc.syscall(_RESTRICT_SELF, rules, 0))", "pass", _ESCAPES),
+        ("a handle is left open", "os.close(quiet)", "pass",
+         "sandbox::no_secret_is_in_its_environment_its_arguments_or_its_files"),
+    ),
+]  # fmt: skip
+
 MUTANTS: list[Mutant] = [
     *KERNELS, *BACKEND, *ENGINE, *PLANS, *LOSSES, *FUNCTIONAL, *INTEGRATIONS, *TRAINERS,
+    *EXAMPLES,
 ]  # fmt: skip

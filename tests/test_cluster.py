@@ -184,7 +184,7 @@ def test_processes_exchange_and_compute_what_the_plan_of_their_cluster_says(rank
     if not dist.is_available() or not dist.is_gloo_available():
         pytest.skip("torch was built without gloo")
     torch.multiprocessing.spawn(work, (ranks, str(tmp_path)), nprocs=ranks)
-    every = [torch.load(tmp_path / f"{rank}.pt") for rank in range(ranks)]
+    every = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(ranks)]
     for case in cases(ranks):
         layout, loss, trained = case
         plan = explained(loss, trained, LAYOUTS[layout][1](ranks))

@@ -443,7 +443,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     torch.multiprocessing.start_processes(
         work, args=(str(folder),), nprocs=RANKS, start_method="forkserver"
     )
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(RANKS)]
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(RANKS)]
 
 
 def relative(got: Tensor, expected: Tensor) -> float:

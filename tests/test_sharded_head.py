@@ -330,7 +330,7 @@ def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         pytest.skip("torch was built without gloo")
     folder = tmp_path_factory.mktemp("ranks")
     torch.multiprocessing.spawn(work, args=(request.param, str(folder)), nprocs=request.param)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(request.param)]
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(request.param)]
 
 
 def relative(got: Tensor, expected: Tensor) -> float:

@@ -718,6 +718,8 @@ INTEGRATIONS = [
         ("the next batch begins a sequence late", "range(0, len(logps), 1000)",
          "range(0, len(logps), 1001)",
          "reference_cache::a_column_of_any_length_comes_back_whole"),
+        ("numbers that changed on the disk are taken", "!= digest:", "is None:",
+         "reference_cache::a_number_that_changed_on_the_disk_is_found"),
         ("a foreign file is taken", "if found.get(name) != expected:", "if False:",
          "trainer_reference::a_foreign_or_broken_file_is_refused_by_its_path"),
     ),

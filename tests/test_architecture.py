@@ -225,6 +225,65 @@ def test_user_errors_are_raised_and_never_asserted():
             assert lines == [], f"{name} asserts in lines {lines}; python -O drops those"
 
 
+_RUNS_WHAT_IT_READS = re.compile(
+    r"(?:pickle|dill|cloudpickle|joblib|marshal|shelve)\.\w*(?:load|open|Unpickler)\w*"
+    r"|torch\.load|pandas\.read_pickle|pd\.read_pickle|(?:np|numpy)\.load"
+    r"|yaml\.(?:load|unsafe_load|full_load)(?:_all)?|eval|exec"
+)
+
+
+def unsafe_calls(text: str) -> list[str]:
+    """Calls that may run what they read; ``weights_only`` loads and copies are none."""
+    found = []
+    for node in ast.walk(ast.parse(text)):
+        if not isinstance(node, ast.Call) or not _RUNS_WHAT_IT_READS.fullmatch(
+            name := ast.unparse(node.func)
+        ):
+            continue
+        options = {option.arg: ast.unparse(option.value) for option in node.keywords}
+        copies = ast.unparse(node.args[0]).startswith("pickle.dumps(") if node.args else False
+        if name == "torch.load" and options.get("weights_only") == "True":
+            continue
+        if name.endswith("p.load") and options.get("allow_pickle", "False") == "False":
+            continue
+        if not copies:
+            found.append(name)
+    return found
+
+
+def test_nothing_runs_what_it_reads_from_a_file():
+    found = {
+        str(path.relative_to(ROOT)): calls
+        for folder in ("fused_losses", "kernels", "benchmarks", "examples", "docs", "tests")
+        for path in (ROOT / folder).rglob("*.py")
+        if (calls := unsafe_calls(path.read_text(encoding="utf-8")))
+    }
+    # The code of datasets, in its sandbox; and what tests write themselves.
+    of_tests = {path: found.pop(path) for path in list(found) if path.startswith("tests/")}
+    assert found == {"examples/sandbox_child.py": ["exec"]}
+    assert {call for calls in of_tests.values() for call in calls} <= {"eval", "exec"}
+
+
+@pytest.mark.parametrize(
+    ("line", "calls"),
+    [
+        ("torch.load(path)", ["torch.load"]),
+        ("torch.load(path, weights_only=False)", ["torch.load"]),
+        ("torch.load(path, weights_only=True)", []),
+        ("pickle.loads(data)", ["pickle.loads"]),
+        ("pickle.loads(pickle.dumps(module))", []),
+        ("np.load(path)", []),
+        ("np.load(path, allow_pickle=True)", ["np.load"]),
+        ("yaml.load(text, yaml.Loader)", ["yaml.load"]),
+        ("yaml.safe_load(text)", []),
+        ("model.eval()", []),
+        ("f(eval(text))", ["eval"]),
+    ],
+)
+def test_a_call_that_may_run_what_it_reads_is_found(line, calls):
+    assert unsafe_calls(line) == calls
+
+
 def test_every_file_has_a_subject_and_can_be_read_in_one_go():
     for name, path in source_files(ROOT).items():
         assert path.stem not in {"utils", "util", "helpers", "misc"}, name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import threading
 from pathlib import Path
@@ -119,3 +120,29 @@ def test_references_of_another_length_than_their_tokens_are_refused(tmp_path: Pa
         writer.write_table(table)
     with pytest.raises(ValueError, match=rf"{path.name} .*tokens.*delete the file"):
         precompute_ref_logps(llama(), sft_rows(4), config)
+
+
+def test_a_number_that_changed_on_the_disk_is_found(tmp_path: Path) -> None:
+    rows = column(1500)
+    ref_cache.store(tmp_path, key(1500), rows)
+    (path,) = tmp_path.iterdir()
+    whole = path.read_bytes()
+    at = whole.rindex(rows[-1].tobytes())
+    path.write_bytes(whole[: at + 2] + bytes([whole[at + 2] ^ 1]) + whole[at + 3 :])
+    with pytest.raises(ValueError, match=rf"{path.name} does not hold what was written; delete"):
+        ref_cache.load(tmp_path, key(1500))
+
+
+def test_a_file_of_a_version_that_wrote_no_digest_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dumps = json.dumps
+    monkeypatch.setattr(json, "dumps", lambda said: dumps({**said, "digest": None}))
+    ref_cache.store(tmp_path, key(3), column(3))
+    with pytest.raises(ValueError, match="does not hold what was written"):
+        ref_cache.load(tmp_path, key(3))
+    monkeypatch.setattr(
+        json, "dumps", lambda said: dumps({k: v for k, v in said.items() if k != "digest"})
+    )
+    ref_cache.store(tmp_path, key(3), column(3))
+    assert ref_cache.load(tmp_path, key(3)) is not None

@@ -121,16 +121,30 @@ def load(
                 f"the reference cache {path} holds {here[wrong[0]]} log-probs of row {wrong[0]}, "
                 f"which has {lengths[wrong[0]]} tokens; {cure}"
             )
+    parts = dataset.data.column("ref_logps").chunks
+    sizes = [pc.list_value_length(part).to_numpy(zero_copy_only=False) for part in parts]
+    digest = _digest(sizes, [part.flatten().to_numpy(zero_copy_only=False) for part in parts])
+    # Files of version 0.2 do not say what they hold.
+    if found.get("digest", digest) != digest:
+        raise ValueError(f"the reference cache {path} does not hold what was written; {cure}")
     return dataset
+
+
+def _digest(sizes: Sequence[np.ndarray], values: Sequence[np.ndarray]) -> str:
+    """A hash of lengths and log-probs, each in any pieces."""
+    found = xxhash.xxh3_128()
+    for pieces, dtype in ((sizes, np.int32), (values, np.float32)):
+        for piece in pieces:
+            found.update(np.ascontiguousarray(piece, dtype).data)
+    return found.hexdigest()
 
 
 def store(folder: str | os.PathLike[str], key: CacheKey, logps: Sequence[np.ndarray]) -> None:
     """Write the file in one move."""
     path = key.path(folder)
     path.parent.mkdir(parents=True, exist_ok=True)
-    schema = pa.schema(
-        [("ref_logps", pa.list_(pa.float32()))], {_KEY: json.dumps(asdict(key)).encode()}
-    )
+    said = asdict(key) | {"digest": _digest([np.fromiter(map(len, logps), np.int32)], logps)}
+    schema = pa.schema([("ref_logps", pa.list_(pa.float32()))], {_KEY: json.dumps(said).encode()})
     handle, unfinished = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=".tmp")
     try:
         with os.fdopen(handle, "wb") as file:

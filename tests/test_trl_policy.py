@@ -17,7 +17,9 @@ peft = pytest.importorskip("peft")
 
 import datasets  # noqa: E402
 
+import fused_losses  # noqa: E402
 from fused_losses.integrations import trl as ours  # noqa: E402
+from fused_losses.integrations.trl.grpo_checks import refuse_sharded  # noqa: E402
 
 SILENT: dict[str, Any] = {
     "report_to": "none",
@@ -370,6 +372,69 @@ def test_a_policy_starts_at_its_reference_to_the_last_bit(start: str, tmp_path: 
     assert trainer.state.log_history[0]["kl"] == 0.0
 
 
+# ------------------------------------------------------------------ the KL of whole distributions
+
+
+def whole_logits(trainer: Any, inputs: dict[str, Any], direction: str) -> list[torch.Tensor]:
+    """Loss, gradients and mean KL of GRPO by whole logits and autograd, old log-probs given."""
+    ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
+    attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
+    T, mask = inputs["completion_ids"].shape[1], inputs["completion_mask"]
+
+    def predicted(model: Any) -> torch.Tensor:
+        z = model(input_ids=ids, attention_mask=attention).logits[:, -T - 1 : -1]
+        return (z / trainer.temperature).log_softmax(-1)
+
+    model, ref = trainer.model, trainer.ref_model
+    logp = predicted(model)
+    with torch.no_grad():
+        if ref is None:
+            with trl.trainer.utils.use_adapter(model, None):
+                logq = predicted(model)
+        else:
+            logq = predicted(ref)
+    a, b = (logp, logq) if direction == "reverse_kl" else (logq, logp)
+    kl = (a.exp() * (a - b)).sum(-1)
+    mine = logp.gather(-1, inputs["completion_ids"][..., None])[..., 0]
+    loss = fused_losses.policy_loss(
+        mine, inputs["old_per_token_logps"], inputs["advantages"], mask, kl=kl, beta=trainer.beta
+    )
+    loss.backward()
+    found = [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+    model.zero_grad()
+    return [*found, (kl * mask).sum().detach() / mask.sum()]
+
+
+@pytest.mark.parametrize(("direction", "lora"), [("forward_kl", False), ("reverse_kl", True)])
+def test_beta_may_weigh_the_kl_of_whole_distributions(
+    direction: str, lora: bool, start: str, tmp_path: Path
+) -> None:
+    options = {"beta": 0.5, "use_bias_correction_kl": False, "temperature": 0.8}
+    trainer = grpo(ours.GRPOTrainer, tmp_path, options, start, lora, anchor=direction)
+    if not lora:  # away from the reference
+        with torch.no_grad():
+            trainer.model.lm_head.weight.mul_(1.5)
+    # No reference log-probs: nothing reads them.
+    found = loss_and_gradients(trainer, rollouts())
+    found.append(torch.tensor(trainer._metrics["train"]["kl"][-1]))
+    wanted = whole_logits(trainer, rollouts(), direction)
+    assert wanted[-1] > 1e-3
+    for mine, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_a_run_with_it_starts_at_its_reference_and_leaves_out_what_trl_would_estimate(
+    start: str, tmp_path: Path
+) -> None:
+    options = TWICE | {"bf16": True, "beta": 0.1, "max_steps": 2, "loss_type": "dapo"}
+    trainer = grpo(ours.GRPOTrainer, tmp_path, options, start, anchor="reverse_kl")
+    trainer.train()
+    first, second, *_ = trainer.state.log_history
+    assert abs(first["kl"]) < 1e-6 < second["kl"]
+    assert trainer.beta == 0.1
+    assert all("ref_per_token_logps" not in batch for batch in trainer._buffered_inputs)
+
+
 # ------------------------------------------------------------------ refusals
 
 
@@ -389,6 +454,30 @@ def test_grpo_refuses_before_it_prepares_anything(
 ) -> None:
     with pytest.raises(ValueError, match=named):
         grpo(ours.GRPOTrainer, tmp_path, options, start="no such folder")
+
+
+@pytest.mark.parametrize(
+    ("options", "anchor", "named"),
+    [
+        ({}, "reverse_kl", r"anchor='reverse_kl' would not be read: beta, its weight, is 0\.0"),
+        ({"beta": 0.1}, "kl", r"anchor must be one of 'forward_kl', 'reverse_kl' or None"),
+        ({"beta": 0.1}, "forward_kl", "not taken beside use_bias_correction_kl=True.*or leave"),
+        (TWICE | {"beta": 0.1, "loss_type": "sapo"}, "forward_kl", "beside loss_type='sapo'"),
+        (TWICE | {"beta": 0.1, "delta": 1.2}, "forward_kl", r"beside delta=1\.2"),
+    ],
+    ids=str,
+)
+def test_grpo_refuses_a_kl_that_it_cannot_weigh(
+    options: dict[str, Any], anchor: str, named: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=named):
+        grpo(ours.GRPOTrainer, tmp_path, options, start="no such folder", anchor=anchor)
+
+
+def test_a_reference_beside_a_sharded_model_is_refused_with_the_cure() -> None:
+    with pytest.raises(ValueError, match=r"anchor='forward_kl'.*FSDP or DeepSpeed.*leave anchor"):
+        refuse_sharded("forward_kl", sharded=True)
+    refuse_sharded(None, sharded=True)
 
 
 @pytest.mark.parametrize(

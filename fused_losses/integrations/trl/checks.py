@@ -116,7 +116,7 @@ def check_dpo(given: dict[str, Any]) -> None:
         ValueError: An option out of its range.
     """
     if given.get("ref_model") is None:
-        _check_adapters(given)
+        check_adapters(given)
     args = given.get("args")
     if args is None:
         return
@@ -140,8 +140,14 @@ def check_dpo(given: dict[str, Any]) -> None:
         )
 
 
-def _check_adapters(given: dict[str, Any]) -> None:
-    """TRL compares with the base, or with a second adapter that it initialises like the first."""
+def check_adapters(given: dict[str, Any]) -> None:
+    """Raise where TRL's reference would not be the start.
+
+    It is the base, or a second adapter that TRL initialises like the first.
+
+    Raises:
+        NotImplementedError: An initialisation that changes the base weights.
+    """
     configs = {"peft_config": given.get("peft_config")}
     configs |= getattr(given.get("model"), "peft_config", None) or {}
     for name, config in configs.items():
@@ -175,70 +181,12 @@ def pair_loss_options(
     return options
 
 
-# TRL's names; luspo sums a sequence's tokens, which is dr_grpo with a constant of 1.
-_ONE_PASS = {name: name for name in ("grpo", "bnpo", "dapo", "dr_grpo", "cispo")}
-_ONE_PASS["luspo"] = "dr_grpo"
-_TRLS_OWN = ("sapo", "vespo")
-
-
-def check_grpo(given: dict[str, Any]) -> None:
-    """Raise where the policy losses cannot be what these arguments of ``GRPOTrainer`` train on.
+def refuse_liger(args: Any) -> None:
+    """Raise if Liger would replace what answers in the head's place.
 
     Raises:
-        ValueError: An unknown loss or level, where TRL raises at the first step; an option out of
-            its range; ``use_liger_kernel``.
+        ValueError: ``use_liger_kernel``.
     """
-    args = given.get("args")
-    if args is None:
-        return
-    _refuse_liger(args)
-    for name, choices in (
-        ("loss_type", (*_ONE_PASS, *_TRLS_OWN)),
-        ("importance_sampling_level", ("token", "sequence")),
-    ):
-        if getattr(args, name) not in choices:
-            named = ", ".join(map(repr, choices))
-            raise ValueError(f"{name} must be one of {named}, got {getattr(args, name)!r}")
-    if one_policy_loss(args) is not None:
-        token, one = torch.zeros(1, 1), torch.ones(1)
-        high = args.epsilon if args.epsilon_high is None else args.epsilon_high
-        options = policy_loss_options(args, args.beta, args.epsilon, high)
-        fused_losses.policy_loss(token, None, one, one[None].bool(), token, **options)
-
-
-def one_policy_loss(args: Any) -> str | None:
-    """Return the loss of this library that TRL's options name, or None."""
-    entropy = (args.entropy_coef, *((args.entropy_coef_min,) * args.use_adaptive_entropy))
-    trls_own = (
-        args.delta is not None
-        or args.top_entropy_quantile < 1.0
-        or args.off_policy_mask_threshold is not None
-        or (args.use_bias_correction_kl and args.beta != 0.0)
-        or not 0.0 < args.epsilon < 1.0
-        or min(entropy) < 0.0
-    )
-    return None if trls_own else _ONE_PASS.get(args.loss_type)
-
-
-def policy_loss_options(
-    args: Any, beta: float, epsilon: float, epsilon_high: float
-) -> dict[str, Any]:
-    """Return those of TRL's options that a policy loss of this library reads."""
-    kind = args.loss_type
-    options: dict[str, Any] = {
-        "loss_type": _ONE_PASS[kind],
-        "ratio_level": args.importance_sampling_level,
-        "beta": beta,
-        "epsilon_high": epsilon_high,
-    }
-    if kind != "cispo":
-        options["epsilon"] = epsilon
-    if kind in ("dr_grpo", "luspo"):
-        options["max_length"] = 1.0 if kind == "luspo" else float(args.max_completion_length)
-    return options
-
-
-def _refuse_liger(args: Any) -> None:
     if args.use_liger_kernel:
         raise ValueError(
             "use_liger_kernel would patch the model whose head this trainer answers for: set it "
@@ -254,10 +202,10 @@ def check_kto(given: dict[str, Any]) -> None:
         ValueError: An option out of its range; ``use_liger_kernel``.
     """
     if given.get("ref_model") is None:
-        _check_adapters(given)
+        check_adapters(given)
     args = given.get("args")
     if args is not None:
-        _refuse_liger(args)
+        refuse_liger(args)
         if args.loss_type not in KTO_LOSSES:
             named = ", ".join(map(repr, KTO_LOSSES))
             raise ValueError(f"loss_type must be one of {named}, got {args.loss_type!r}")

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from trl.trainer.utils import use_adapter
 
 import fused_losses
 from fused_losses.integrations.dropout import disable_dropout
 from fused_losses.integrations.lm_head import fuse_lm_head
-from fused_losses.integrations.trl.checks import (
-    arguments_of,
+from fused_losses.integrations.trl.checks import arguments_of
+from fused_losses.integrations.trl.grpo_checks import (
     check_grpo,
     one_policy_loss,
     policy_loss_options,
+    refuse_sharded,
 )
 from fused_losses.integrations.trl.head import (
     Answer,
@@ -39,17 +44,30 @@ class GRPOTrainer(trl.GRPOTrainer):
     of this engine, at 8 N D V. Old and reference log-probs take the same path in the same
     precision. Loss, gradients and metrics are TRL's.
 
+    With ``anchor``, ``beta`` weighs the KL over the whole vocabulary in place of TRL's estimate
+    from the sampled tokens, at 8 N D V; the metric ``kl`` is its mean over tokens. The reference's
+    hidden states are made in the same step, by the reference that TRL has: its copy of the model as
+    it starts, or the adapters' base.
+
     Args:
         *args: As TRL's.
+        anchor: "reverse_kl", KL(policy || reference), or "forward_kl", KL(reference || policy), for
+            the losses that run within one pass; None: TRL's estimate.
         **kwargs: As TRL's.
 
     Raises:
-        ValueError: An option out of its range; ``use_liger_kernel``.
+        ValueError: An option out of its range; ``use_liger_kernel``; ``anchor`` without ``beta``,
+            beside an option whose formula is TRL's own, or under FSDP or DeepSpeed.
+        NotImplementedError: ``anchor`` beside adapters that change the base weights.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        check_grpo(arguments_of(trl.GRPOTrainer, args, kwargs))
+    beta: float
+
+    def __init__(self, *args: Any, anchor: str | None = None, **kwargs: Any) -> None:
+        check_grpo(arguments_of(trl.GRPOTrainer, args, kwargs), anchor)
         super().__init__(*args, **kwargs)
+        self.anchor = anchor
+        refuse_sharded(anchor, sharded=self.is_fsdp_enabled or self.is_deepspeed_enabled)
         models = [m for m in (self.model, self.ref_model) if m is not None]
         for model in models:
             plain = self.accelerator.unwrap_model(model)
@@ -61,7 +79,49 @@ class GRPOTrainer(trl.GRPOTrainer):
         """TRL's, on this engine: also of the policy before a step, and of the reference."""
         if not isinstance(model, AnsweredModel):
             model = AnsweredModel(model, self._tempered(ask_logps))
+        elif self.anchor is not None:
+            self._reference = self._run_reference(*args, **kwargs)
         return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
+
+    def _run_reference(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Return hidden states and head of the reference, of what the policy is about to see."""
+        seen: dict[str, Any] = {}
+
+        def keep(hidden: Tensor, weight: Tensor, labels: Tensor, head: dict[str, Any]) -> Answer:
+            bias = head.get("linear_bias")
+            seen["anchor_input"], seen["anchor_weight_matrix"] = hidden.detach(), weight.detach()
+            seen["anchor_bias"] = None if bias is None else bias.detach()
+            nothing = torch.zeros(labels.shape, device=hidden.device)
+            return Answer(nothing, None, nothing)
+
+        kwargs |= {"compute_entropy": False, "compute_aux_loss": False}
+        model, adapters = self.ref_model, contextlib.nullcontext()
+        if model is None:
+            model = self.accelerator.unwrap_model(self.model)
+            adapters = use_adapter(model, "ref" if "ref" in model.peft_config else None)
+        training = model.training
+        model.eval()
+        try:
+            with torch.no_grad(), adapters:
+                answered = AnsweredModel(model, self._tempered(keep))
+                super()._get_per_token_logps_and_entropies(answered, *args, **kwargs)
+        finally:
+            model.train(training)
+        return seen
+
+    @contextlib.contextmanager
+    def _without_estimate(self) -> Iterator[None]:
+        """Let TRL's code find no ``beta`` where the KL is this engine's."""
+        beta, self.beta = self.beta, self.beta if self.anchor is None else 0.0
+        try:
+            yield
+        finally:
+            self.beta = beta
+
+    def _generate_and_score_completions(self, *args: Any, **kwargs: Any) -> Any:
+        """TRL's, without reference log-probs that nothing would read."""
+        with self._without_estimate():
+            return super()._generate_and_score_completions(*args, **kwargs)
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         if one_policy_loss(self.args) is None:
@@ -72,11 +132,18 @@ class GRPOTrainer(trl.GRPOTrainer):
         options = self._policy_options(inputs, mask)
         advantages = self._advantages(inputs)
         old = inputs.get("old_per_token_logps")
-        ref = inputs["ref_per_token_logps"] if self.beta != 0.0 else None
+        estimates = self.beta != 0.0 and self.anchor is None
+        ref = inputs["ref_per_token_logps"] if estimates else None
+        kl: list[Any] = []
 
         def ask(hidden: Tensor, weight: Tensor, labels: Tensor, head: dict[str, Any]) -> Answer:
             T = labels.shape[1]
             old_, ref_ = (None if t is None else lengthened(t, T, 0.0) for t in (old, ref))
+            tie: dict[str, Any] = {}
+            if self.anchor is not None:
+                tie, self._reference = {"anchor": self.anchor, **self._reference}, {}
+                x = tie["anchor_input"]  # where adapters are virtual tokens, the base has none
+                tie["anchor_input"] = F.pad(x, (0, 0, T - x.shape[1], 0))
             loss, stats = fused_losses.with_stats(
                 fused_losses.linear_policy_loss,
                 hidden,
@@ -87,17 +154,24 @@ class GRPOTrainer(trl.GRPOTrainer):
                 ref_,
                 shift=True,
                 **options,
+                **tie,
                 **head,
             )
+            kl.append(stats._asdict()["kl"])
             return Answer(stats.logps, stats.entropy, stats.is_top1, kept=loss)
 
         answered = AnsweredModel(model, self._tempered(ask))
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), self._without_estimate():
             # A response of no token is TRL's mask_truncated_completions, and counted as there.
             warnings.filterwarnings("ignore", "target rows .* have no counted token")
             # TRL's metrics, and a loss of the same value without gradients.
             super()._compute_loss(answered, inputs)
         loss = answered.kept
+        if self.anchor is not None:
+            found = torch.stack([kl[0].sum(), mask.sum().to(kl[0].dtype)])
+            total, tokens = self.accelerator.reduce(found, reduction="sum").tolist()
+            mode = "train" if self.model.training else "eval"
+            self._metrics[mode]["kl"].append(total / max(tokens, 1.0))
         if self.aux_loss_enabled:
             loss = loss + self.router_aux_loss_coef * answered.aux_loss / self._accumulated
         return loss

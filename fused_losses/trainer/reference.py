@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from fused_losses import linear_token_stats
-from fused_losses.integrations import fuse_lm_head, ref_cache
+from fused_losses.integrations import fail_together, fuse_lm_head, ref_cache
 from fused_losses.integrations.fingerprint import data_fingerprint
 from fused_losses.integrations.ref_names import REF_MODEL, NamedModel
 from fused_losses.integrations.shares import in_shares
@@ -44,6 +44,7 @@ class Reference:
         self.device = args.device if first.type == "meta" else first
         self.named = NamedModel(self.model, args.mixed_precision, self.device)
 
+    @fail_together()
     def attach(self, dataset: Dataset, name: str) -> Dataset:
         """Return a prepared dataset with the columns of references and ``ref_model``.
 

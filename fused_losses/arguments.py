@@ -15,6 +15,11 @@ from torch._subclasses import FakeTensor
 from torch.autograd import forward_ad
 
 _LARGEST = sys.float_info.max
+_PARTS = (
+    "give token losses the parts, with labels that were shifted before they were cut, shift=False "
+    "and num_items of all processes; of whole sequences or pairs first sum linear_token_stats of "
+    "the parts over the processes (docs/distributed.md)"
+)
 COUNT_CURE = "it is a count: pass it detached"
 WEIGHT_CURE = (
     "use reduction='none', where it gets one, and reduce the losses yourself, or pass "
@@ -174,7 +179,29 @@ def refuse_unserved(name: str, t: Any, *, batched: bool = False) -> None:
             "FSDP's, call the loss inside the forward of the module that FSDP has wrapped, where "
             "the weight is whole (full_tensor() outside it gives the right loss and wrong "
             "gradients). Tensor parallel, a head may be Shard(0), and logits Shard(-1), on a 1-D "
-            f"mesh; all else must be whole: {name}.redistribute(placements=[Replicate()])"
+            f"mesh; all else must be whole: {name}.redistribute(placements=[Replicate()]). Of "
+            f"positions that were cut, {_PARTS}"
+        )
+
+
+def refuse_cut_sequences(name: str) -> None:
+    """Raise inside torch's ``context_parallel``, where a process holds a part of each sequence.
+
+    There the parts are plain tensors; that attention is another function gives it away.
+
+    Args:
+        name: What reads neighbouring positions, or whole sequences.
+
+    Raises:
+        ValueError: With the cure.
+    """
+    if torch.compiler.is_compiling():
+        return
+    attention: Any = torch.nn.functional.scaled_dot_product_attention
+    if "context_parallel" in (getattr(attention, "__module__", None) or ""):
+        raise ValueError(
+            f"{name} inside torch's context_parallel, where a process holds a part of each "
+            f"sequence and not its neighbours': {_PARTS}"
         )
 
 

@@ -33,6 +33,7 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
+    PrepareModuleOutput,
     RowwiseParallel,
     parallelize_module,
 )
@@ -133,9 +134,16 @@ def shard(model: LlamaForCausalLM, *, head_apart: bool = False, **options: Any) 
     fully_shard(model, **options)
 
 
-def tensor_parallel(model: LlamaForCausalLM, mesh: DeviceMesh, output: Any) -> None:
+def tensor_parallel(
+    model: LlamaForCausalLM, mesh: DeviceMesh, output: Any, positions_cut: bool
+) -> None:
     """Torch's own plan for MLPs, embeddings and head."""
-    plan: dict[str, Any] = {"lm_head": ColwiseParallel(output_layouts=output)}
+    hidden = Shard(1) if positions_cut else Replicate()
+    head = ColwiseParallel(input_layouts=hidden, output_layouts=output)
+    plan: dict[str, Any] = {"lm_head": head}
+    if positions_cut:
+        cut = {"output_layouts": Replicate(), "desired_output_layouts": hidden}
+        plan["model.norm"] = PrepareModuleOutput(**cut)
     for i in range(2):
         mlp = f"model.layers.{i}.mlp"
         plan |= {f"{mlp}.{name}": ColwiseParallel() for name in ("gate_proj", "up_proj")}
@@ -165,6 +173,7 @@ LAYOUTS = {
     "fsdp 4, frozen": (4, UNEVEN),
     "hsdp 2 x 2": (4, UNEVEN),
     "tp 2, gathered": (1, UNEVEN),
+    "tp 2, positions cut": (1, UNEVEN),
     "tp 4, tied, gathered": (1, UNEVEN),
     "fsdp 2 x tp 2": (2, UNEVEN),
     "fsdp 2 x tp 2, tied, fused before": (2, UNEVEN),
@@ -188,7 +197,8 @@ def build(layout: str, meshes: dict[str, DeviceMesh], folder: str) -> nn.Module:
         return nn.parallel.DistributedDataParallel(fuse_lm_head(model), process_group=group)
     if "tp" in layout:
         output = Replicate() if "gathered" in layout else Shard(-1)
-        tensor_parallel(model, meshes["all" if "tp 4" in layout else "tp"], output)
+        mesh = meshes["all" if "tp 4" in layout else "tp"]
+        tensor_parallel(model, mesh, output, "positions cut" in layout)
     if "fsdp" in layout or "hsdp" in layout:
         mesh = meshes["both" if "hsdp" in layout else "all" if "fsdp 4" in layout else "dp"]
         shard(model, head_apart="apart" in layout, mesh=mesh)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate.parallelism_config import ParallelismConfig
 from tiny_training import dpo_config, history, llama, pair_rows, sft_config, sft_rows
 
 from fused_losses.trainer import DPOTrainer, RewardStabilizationCallback, SFTTrainer
@@ -191,3 +192,30 @@ def test_what_processes_cannot_do_together_is_refused_by_name(
 ) -> None:
     for of in of_both:
         assert re.match(f"ValueError: .*{name}=.*{REFUSED[name][1]}", of[name])
+
+
+@pytest.mark.parametrize("said_by", ["args", "environment"])
+@pytest.mark.parametrize("trainer", ["SFT", "DPO", "trl.SFT", "trl.DPO", "trl.KTO"])
+def test_sequences_that_accelerate_would_cut_are_refused(
+    trainer: str, said_by: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {}
+    if said_by == "args":
+        options["parallelism_config"] = ParallelismConfig(cp_size=2)
+    else:
+        monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
+        monkeypatch.setenv("PARALLELISM_CONFIG_CP_SIZE", "2")
+    if trainer.startswith("trl."):
+        trl = pytest.importorskip("trl")
+        from fused_losses.integrations import trl as ours
+
+        name = trainer.removeprefix("trl.")
+        config = getattr(trl, f"{name}Config")(str(tmp_path), use_cpu=True, bf16=False, **options)
+        make = getattr(ours, f"{name}Trainer")
+        rows = pair_rows()
+    elif trainer == "SFT":
+        make, config, rows = SFTTrainer, sft_config(tmp_path, **options), sft_rows()
+    else:
+        make, config, rows = DPOTrainer, dpo_config(tmp_path, **options), pair_rows()
+    with pytest.raises(ValueError, match="cp_size=2, sp_size=1: sequences would be cut"):
+        make(llama(), args=config, train_dataset=rows)

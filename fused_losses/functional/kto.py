@@ -8,7 +8,7 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
-from fused_losses.arguments import warn_of_empty
+from fused_losses.arguments import refuse_unserved, warn_of_empty
 from fused_losses.backends import lines
 from fused_losses.engine.units import UnitChunk
 from fused_losses.functional.linear_source import open_source
@@ -209,6 +209,7 @@ def _reference(ref_logps: Any, tokens: Tokens) -> tuple[Tensor | None, Tensor | 
 
 
 def _flags(desirable: Any, tokens: Tokens) -> Tensor:
+    refuse_unserved("desirable", desirable)
     if not isinstance(desirable, Tensor) or desirable.dtype != torch.bool:
         got = desirable.dtype if isinstance(desirable, Tensor) else type(desirable).__name__
         raise TypeError(

@@ -9,7 +9,7 @@ from typing import Any, Unpack
 
 from torch import Tensor
 
-from fused_losses.arguments import check_flag, expand_units
+from fused_losses.arguments import check_flag, expand_units, refuse_cut_sequences, refuse_unserved
 from fused_losses.backends import lines
 from fused_losses.engine.units import UnitChunk, UnitLayout
 from fused_losses.functional.linear_source import open_source
@@ -89,6 +89,8 @@ def linear_loss(
     tokens = source.tokens(target)
     lay_out = partial(UnitLayout.of_tokens, tokens.y, tokens.ignore_index)
     if units is not None:
+        refuse_cut_sequences("linear_loss with units")
+        refuse_unserved("units", units)
         unit_of = tokens.flat("units", expand_units(units, tokens.shape))
         lay_out = partial(UnitLayout.of_ids, tokens.y, unit_of, tokens.ignore_index)
     if not lays_out_units(tokens):

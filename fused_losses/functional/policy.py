@@ -175,6 +175,7 @@ class _Batch:
             )
         check_operands(o.beta, logps["ref_logps"], anchor, o.entropy_weight, kl_name="anchor_input")
         labels = tokens.y.view(tokens.shape)
+        refuse_unserved("advantages", advantages)
         given = {"advantages": expand_advantages(advantages, tokens.shape, "target")}
         for name, t in logps.items():
             if t is not None:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fused_losses.arguments import refuse_cut_sequences
 from fused_losses.engine.segment_sum import segment_sum
 from fused_losses.engine.units import UnitChunk, UnitLayout
 from fused_losses.functional.options import Options
@@ -49,6 +50,7 @@ class Responses:
         Raises:
             ValueError: A 1-D target without segment_ids.
         """
+        refuse_cut_sequences("a loss of whole sequences or pairs")
         counted = tokens.counted
         if segment_ids is None:
             if len(tokens.shape) < 2:

@@ -11,7 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused_losses.arguments import check_ids, check_number, has_data, refuse_unserved
+from fused_losses.arguments import (
+    check_ids,
+    check_number,
+    has_data,
+    refuse_cut_sequences,
+    refuse_unserved,
+)
 from fused_losses.engine.rows import stats_of
 from fused_losses.functional.options import Options
 from fused_losses.stats import TokenStats
@@ -66,6 +72,8 @@ class Tokens:
         check_device("target", target, name, scores)
         if options.shift and target.dim() == 0:
             raise ValueError("shift needs a target with a sequence dimension, got a 0-d target")
+        if options.shift:
+            refuse_cut_sequences("shift=True")
         ignore_index = options.ignore_index
         look = target.device.type == "cpu" or options.validate
         if look and not torch.compiler.is_compiling():

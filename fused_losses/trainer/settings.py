@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from fused_losses.integrations.cut_sequences import refuse_cut_sequences
+
 # Arguments of transformers' and TRL's trainers that stand on what there is not here.
 _NO_LOGITS = "needs logits, which are never made here"
 _UNSERVED = {
@@ -50,6 +52,7 @@ def check_setting(model: Any, args: Any) -> None:
             f"{args.n_gpu} GPUs are visible to one process, which would run DataParallel; start "
             "one process per GPU (accelerate launch, torchrun), or set CUDA_VISIBLE_DEVICES to one"
         )
+    refuse_cut_sequences(args)
     if args.world_size > 1:
         _check_processes(args)
     if args.use_liger_kernel:
@@ -92,11 +95,4 @@ def _check_processes(args: Any) -> None:
             f"auto_find_batch_size=True with {args.world_size} processes: the one that ran out of "
             "memory would start over, while the others wait for it; set "
             "per_device_train_batch_size, and gradient_accumulation_steps in its stead"
-        )
-    parallel = args.parallelism_config
-    if parallel is not None and (parallel.cp_size > 1 or parallel.sp_size > 1):
-        raise ValueError(
-            f"parallelism_config with cp_size={parallel.cp_size}, sp_size={parallel.sp_size}: "
-            "sequences would be cut between processes, and labels, references and responses with "
-            "them, which these trainers do not serve; set both to 1"
         )

@@ -11,6 +11,7 @@ import torch
 from datasets import IterableDataset
 
 import fused_losses
+from fused_losses.integrations.cut_sequences import refuse_cut_sequences
 from fused_losses.integrations.trl.references import COLUMN
 
 # Initialisations of LoRA that take the adapter's product out of the base weights.
@@ -18,8 +19,10 @@ _CHANGE_THE_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
 
 
 def arguments_of(trainer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a constructor by name, however they were given."""
-    return inspect.signature(trainer).bind(*args, **kwargs).arguments
+    """Return the arguments of a constructor by name; a ``ValueError`` if they cut sequences."""
+    given = inspect.signature(trainer).bind(*args, **kwargs).arguments
+    refuse_cut_sequences(given.get("args"))
+    return given
 
 
 def token_loss_of(loss: str | fused_losses.TokenLoss) -> fused_losses.TokenLoss:

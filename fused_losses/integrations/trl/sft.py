@@ -39,8 +39,9 @@ class SFTTrainer(trl.SFTTrainer):
     Raises:
         ValueError: An unknown loss, or an option out of its range; ``loss_type="dft"``,
             ``label_smoothing_factor`` or ``compute_loss_func`` beside a loss other than ``mle``; a
-            stream, or packed rows with ``ref_logps`` of their own, beside a loss with a reference.
-        NotImplementedError: Images beside a loss with a reference; context parallelism, at a step.
+            stream, or packed rows with ``ref_logps`` of their own, beside a loss with a reference;
+            context and sequence parallelism.
+        NotImplementedError: Images beside a loss with a reference.
     """
 
     data_collator: Any

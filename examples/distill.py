@@ -13,14 +13,22 @@ from __future__ import annotations
 import argparse
 import copy
 from functools import partial
+from typing import Any
 
 import smollm
 import torch
 import training_sets
 from batches import Batch, collate, encode, schedule
+from torch import Tensor
 
 from fused_losses import linear_divergence_loss
 from fused_losses.integrations import fuse_lm_head
+
+
+def as_teacher(hidden: Tensor, weight: Tensor, **head: Any) -> dict[str, Any]:
+    """What the loss is to know of the teacher: also its head's bias, cap and scale, if any."""
+    named = {f"teacher_{name.removeprefix('linear_')}": value for name, value in head.items()}
+    return {"teacher_input": hidden, "teacher_weight": weight, **named}
 
 
 def main(argv: list[str] | None = None) -> tuple[float, float]:
@@ -40,10 +48,10 @@ def main(argv: list[str] | None = None) -> tuple[float, float]:
     teacher, tokenizer = smollm.load(options.model)
     student = copy.deepcopy(teacher)
     if options.anchor is None:
-        layers = student.model.layers
-        kept = len(layers) // 2 if options.layers is None else options.layers
-        student.model.layers = layers[:kept]
-        student.config.num_hidden_layers = len(student.model.layers)
+        body = student.get_decoder()
+        kept = len(body.layers) // 2 if options.layers is None else options.layers
+        body.layers = body.layers[:kept]
+        student.config.num_hidden_layers = len(body.layers)
     fuse_lm_head(teacher).eval().requires_grad_(False)
     fuse_lm_head(student).train()
 
@@ -51,21 +59,13 @@ def main(argv: list[str] | None = None) -> tuple[float, float]:
     scale = 1.0 if options.anchor is None else options.anchor
     mle_weight = 0.0 if options.anchor is None else 1.0 / options.anchor
 
-    def loss_of(batch: Batch, **chosen: object) -> torch.Tensor:
+    def loss_of(batch: Batch, **chosen: Any) -> Tensor:
         inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
         inputs["use_cache"] = False
         with torch.no_grad():
-            taught = teacher(**inputs, fused=lambda hidden, weight: hidden).fused
-        loss = partial(
-            linear_divergence_loss,
-            teacher_input=taught,
-            teacher_weight=teacher.get_output_embeddings().weight,
-            target=batch.labels,
-            divergence=options.divergence,
-            shift=True,
-            **chosen,
-        )
-        return student(**inputs, fused=loss).fused
+            taught = teacher(**inputs, fused=as_teacher).fused
+        chosen |= {"target": batch.labels, "divergence": options.divergence, "shift": True}
+        return student(**inputs, fused=partial(linear_divergence_loss, **taught, **chosen)).fused
 
     data = training_sets.load(tokenizer, options.dataset, examples=16, heldout=4, pairs=False)
     train, heldout = (

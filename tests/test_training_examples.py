@@ -164,6 +164,28 @@ def test_an_anchor_keeps_sft_near_the_start(names: list[str]) -> None:
     assert 0.0 < drift["10"] < 0.5 * drift["1e-3"]
 
 
+def test_a_teacher_s_cap_and_bias_take_part(names: list[str], tmp_path: Path) -> None:
+    import distill
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "head_dim": 8}
+    config = Gemma2Config(
+        vocab_size=tiny_training.V, num_hidden_layers=2, num_key_value_heads=2,
+        final_logit_softcapping=3.0, initializer_range=0.3, **sizes,
+    )  # fmt: skip
+    Gemma2ForCausalLM(config).save_pretrained(tmp_path)
+    tiny_training.tokenizer().save_pretrained(tmp_path)
+    given = ["--model", str(tmp_path), *names[2:], "--steps", "1"]
+    # The model beside itself: 0 if both are capped.
+    assert distill.main([*given, "--anchor", "0.1"])[0] == pytest.approx(0.0, abs=1e-6)
+    before, _ = distill.main(given)
+    assert before > 1e-3
+    head = distill.as_teacher(torch.ones(1), torch.ones(1), linear_bias=1, softcap=2, logit_scale=3)
+    names_of = {"input", "weight", "bias", "softcap", "logit_scale"}
+    assert head.keys() == {f"teacher_{name}" for name in names_of}
+
+
 @pytest.mark.skipif(os.name != "posix", reason="the sandbox needs POSIX")
 def test_grpo_rewards_what_its_task_s_tests_let_pass(
     names: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

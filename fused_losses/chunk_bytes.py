@@ -92,7 +92,15 @@ def _row_bytes(route: Route, shape: LinearShape, several: bool) -> int:
         hidden += shape.input_dtype.itemsize  # gathered before the cast, or cast back
     # The teacher's hidden states, gathered, and cast.
     teacher = shape.teacher_hidden * (shape.teacher_logits_bytes + shape.teacher_dtype.itemsize)
-    return hidden * D + teacher + _RESULTS * lines.LINES * max(shape.logits_dtype.itemsize, 4)
+    words = shape.words * (2 * torch.int64.itemsize + _function_bytes(shape))
+    results = _RESULTS * lines.LINES * max(shape.logits_dtype.itemsize, 4)
+    return hidden * D + teacher + words + results
+
+
+def _function_bytes(shape: LinearShape) -> int:
+    """Bytes per logit of what a function of logits gets, its gradient, and what it makes of it."""
+    taken = 1 + shape.need_gradient + FUNCTION_TENSORS
+    return taken * max(shape.logits_dtype.itemsize, 4)
 
 
 def _upcast(rows: int, columns: int, route: Route, shape: LinearShape) -> int:
@@ -120,10 +128,8 @@ def _element_bytes(route: Route, shape: LinearShape) -> tuple[int, int]:
     tile = shape.logits_dtype.itemsize + separate_gradient * shape.compute_dtype.itemsize
     if shape.teacher_hidden:
         tile += shape.teacher_logits_bytes
-    elif shape.whole_logits:
-        # What the function gets, its gradient, and what it makes of it.
-        taken = 1 + shape.need_gradient + FUNCTION_TENSORS
-        tile += taken * max(shape.logits_dtype.itemsize, 4)
+    elif shape.whole_logits and not shape.words:
+        tile += _function_bytes(shape)
     if shape.backend != "torch":
         return tile, 0
     # A pass that must leave the logits as they are, or whose maths are wider, works on a copy.

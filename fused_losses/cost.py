@@ -88,6 +88,7 @@ class LinearShape:
     accum_dtype: torch.dtype = torch.float32  # of sums over chunks
     all_rows: bool = False  # no label is ignored, so hidden states are read where they lie
     whole_logits: bool = False  # the loss is a function of whole rows of logits, not of log-probs
+    words: int = 0  # if not 0, it is a function of the logits of so many words of each row
     teacher_hidden: int = 0  # hidden size of a teacher whose logits stand beside them; 0: none
     teacher_dtype: torch.dtype = torch.float32  # in which its head computes
     divergence_in_kernel: bool = True  # if the backend has kernels; else torch makes it

@@ -312,6 +312,12 @@ ENGINE = [
          "linear_autograd::fp16_as_gpus_multiply_it_survives_what_it_has_no_room_for"),
     ),
     *_in(
+        "fused_losses/engine/logits_step.py",
+        ("some words' gradient goes nowhere", "chunk.z.scatter_add_(1, taken,",
+         "chunk.z.scatter_add(1, taken,",
+         "sparse_teachers::by_hand"),
+    ),
+    *_in(
         "fused_losses/engine/teacher.py",
         ("the loss forgets a KL that its gradient has", "loss + (weight * found).sum()", "loss",
          "policy_anchor::it_is_its_specification_in_every_plan"),

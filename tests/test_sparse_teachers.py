@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -112,19 +113,23 @@ def test_by_hand() -> None:
         assert dw[:, 0].tolist() == pytest.approx(slopes[rest], abs=1e-12)
 
 
-@pytest.mark.parametrize("rest", ["ignore", "renormalise", "bucket"])
-def test_gradcheck(rest: Any, backend: str) -> None:
+@pytest.mark.parametrize(
+    ("rest", "name"),
+    [("ignore", "forward_kl"), ("renormalise", "forward_kl"), ("bucket", "jensen_shannon"),
+     ("bucket", "hellinger"), ("bucket", "total_variation")],
+)  # fmt: skip
+def test_gradcheck(rest: Any, name: Any, backend: str) -> None:
     batch = head_batch((3,), 3, 5, dtype=torch.float64, bias=True).leaves()
     full = torch.randn(3, 5, dtype=torch.float64).log_softmax(-1)
     logps, ids = full.topk(2)
-    name = "jensen_shannon" if rest == "bucket" else "forward_kl"
 
     def call(x: Tensor, w: Tensor, bias: Tensor) -> Tensor:
         return fused_losses.linear_sparse_divergence_loss(
             x, w, ids, logps, batch.y, rest=rest, divergence=name, linear_bias=bias, backend=backend
         )
 
-    assert torch.autograd.gradcheck(call, (batch.x * 0.1, batch.w, batch.bias))
+    inputs = (batch.x * 0.1, batch.w, batch.bias)
+    assert torch.autograd.gradcheck(call, inputs, fast_mode=backend == "triton")
 
 
 @pytest.mark.parametrize("rest", ["ignore", "renormalise", "bucket"])
@@ -164,10 +169,11 @@ def test_products_are_6_4_and_2_ndv(trained: str, reduction: Any) -> None:
     products = {"all": 6, "hidden": 4, "nothing": 2}[trained]
     products += 2 * (reduction == "none" and trained != "nothing")
 
-    def run() -> None:
-        _run(fused_losses, leaves, rest="bucket", reduction=reduction, workspace_bytes=FEW_ROWS)
+    def run(rest: Any = "bucket") -> None:
+        _run(fused_losses, leaves, rest=rest, reduction=reduction, workspace_bytes=FEW_ROWS)
 
-    assert gemm_flops(run) == products * batch.ndv
+    for rest in ("ignore", "bucket"):
+        assert gemm_flops(functools.partial(run, rest)) == products * batch.ndv
     with FlopCounterMode(display=False) as counter:
         run()
     assert counter.get_total_flops() == products * batch.ndv
@@ -200,6 +206,21 @@ def test_a_budget_of_1_mib_holds(rest: Any) -> None:
     # Checking the words takes a few tensors of their size.
     assert peak(memory_events(run)) <= kept + budget + 2**17
     assert batch.counted * V * 4 > 2 * budget
+
+
+def test_without_a_bucket_a_chunk_holds_only_logits_and_so_more_rows() -> None:
+    batch = head_batch((300,), 8, 3001).leaves()
+    logps, ids = torch.randn(300, 3001).log_softmax(-1).topk(64)
+    rows = {
+        rest: max(
+            fused_losses.explain(
+                fused_losses.linear_sparse_divergence_loss, batch.x, batch.w, ids, logps, batch.y,
+                rest=rest, workspace_bytes=2**20, backend="triton",
+            ).chunks
+        )
+        for rest in ("ignore", "renormalise", "bucket")
+    }  # fmt: skip
+    assert rows["ignore"] == rows["renormalise"] >= 5 * rows["bucket"]
 
 
 def _wrong() -> dict[str, tuple[dict[str, Any], type[Exception], str]]:

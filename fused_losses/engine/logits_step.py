@@ -1,4 +1,4 @@
-"""Losses of a chunk's logits: whole rows of them go to a function, in the memory of one chunk.
+"""Losses of a chunk's logits: whole rows, or some words of each, go to a function of one chunk.
 
 A step of ``unit_sum`` that sees the logits between a chunk's row pass and its gradient products,
 and leaves their gradient in the chunk. So the cost is that of a token loss, 6 N D V, and 4 with a
@@ -22,12 +22,25 @@ from fused_losses.stats import TokenStats
 LogitsLoss = Callable[[TokenStats, UnitChunk, Tensor], Tensor]
 
 
-def step_of_logits(loss_fn: LogitsLoss, call: Call, device_type: str, *, gradient: bool) -> Step:
-    """Make a step of a function that torch differentiates, under the autocast of now."""
+def step_of_logits(
+    loss_fn: LogitsLoss,
+    call: Call,
+    device_type: str,
+    *,
+    gradient: bool,
+    words: Tensor | None = None,
+) -> Step:
+    """Make a step of a function that torch differentiates, under the autocast of now.
+
+    ``words`` (N, K): of each row it gets the logits of these alone, (R, K), and nothing else of the
+    size of the logits is made.
+    """
     user_autocast = autocast_of(device_type)
 
     def step(chunk: Chunk, units: UnitChunk) -> Tensor:
-        logits = transformed(chunk.z, call.maths, chunk.rows.dtype)
+        taken = None if words is None else words[units.positions].long()
+        z = chunk.z if taken is None else chunk.z.gather(1, taken)
+        logits = transformed(z, call.maths, chunk.rows.dtype)
         with user_autocast:
             given = call_loss(loss_fn, chunk.rows, units, call, gradient=gradient, also=logits)
         loss, c, dlogits = given
@@ -35,7 +48,9 @@ def step_of_logits(loss_fn: LogitsLoss, call: Call, device_type: str, *, gradien
             own = None if dlogits is None else raw_gradient(dlogits, logits, call.maths)
             # The statistics' part goes where the logits are, which it is the last to read.
             chunk.differentiate(c, out=chunk.z)
-            if own is not None:
+            if own is not None and taken is not None:
+                chunk.z.scatter_add_(1, taken, own.to(chunk.z.dtype))
+            elif own is not None:
                 chunk.z.add_(own)
             if chunk.dz.dtype != chunk.z.dtype:
                 chunk.dz.copy_(chunk.z)

@@ -90,14 +90,12 @@ def linear_sparse_divergence_loss(
     ids, logq = _flat(source, tokens, teacher_ids, teacher_logps, options)
     call = source.call(None, entropy=statistics_wanted())
 
+    bucket = asked.rest == "bucket"  # for which all the words are read
+
     def losses(stats: TokenStats, units: UnitChunk, logits: Tensor) -> Tensor:
         words, theirs = ids[units.positions].long(), logq[units.positions].to(logits.dtype)
-        logp = logits
-        if asked.rest == "bucket":
-            logp = logits.log_softmax(-1)
-            mine = logp.gather(-1, words)
-        else:
-            mine = logits.gather(-1, words) - stats.lse[:, None]
+        logp = logits.log_softmax(-1) if bucket else logits - stats.lse[:, None]
+        mine = logp.gather(-1, words) if bucket else logp
         loss = asked.losses(logp, mine, words, theirs)
         if mle_weight:  # not 0 times what may be infinite
             loss = loss - mle_weight * stats.logps
@@ -109,9 +107,11 @@ def linear_sparse_divergence_loss(
             each[units.positions] = loss.detach()
             return (weight[units.positions].to(loss.dtype) * loss).sum()
 
-        return step_of_logits(weighted, call, input.device.type, gradient=gradient)
+        words = None if bucket else ids
+        return step_of_logits(weighted, call, input.device.type, gradient=gradient, words=words)
 
-    return token_losses_of_rows(source, tokens, options, call, step)
+    taken = 0 if bucket else ids.shape[-1]
+    return token_losses_of_rows(source, tokens, options, call, step, words=taken)
 
 
 def _flat(

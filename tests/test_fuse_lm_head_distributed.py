@@ -6,7 +6,8 @@ import math
 import multiprocessing
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from types import MethodType
@@ -25,6 +26,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
+    FSDPModule,
     FullyShardedDataParallel,
     MixedPrecisionPolicy,
     fully_shard,
@@ -167,7 +169,10 @@ def planned(folder: str, **sizes: int) -> Any:
 LAYOUTS = {
     "ddp 2, tied": (2, UNEVEN),
     "ddp 4": (4, UNEVEN),
+    "ddp 2, accumulated": (2, UNEVEN),
     "fsdp 2, tied": (2, UNEVEN),
+    "fsdp 2, tied, accumulated": (2, UNEVEN),
+    "fsdp 2, accumulated": (2, UNEVEN),
     "fsdp 4, tied, fused before": (4, UNEVEN),
     "fsdp 4, head apart": (4, UNEVEN),
     "fsdp 4, frozen": (4, UNEVEN),
@@ -212,19 +217,35 @@ def whole(t: Any) -> Any:
 def gradients(layout: str, meshes: dict[str, DeviceMesh], folder: str) -> dict[str, Any]:
     """Loss and gradients of each loss, averaged over the ranks of different data."""
     ranks = LAYOUTS[layout][0]
-    part = Batch().part(meshes["all" if ranks == 4 else "dp"].get_local_rank() % ranks, ranks)
+    micro = 2 if "accumulated" in layout else 1  # batches of a step
+    at = meshes["all" if ranks == 4 else "dp"].get_local_rank() % ranks * micro
+    parts = [Batch().part(at + i, ranks * micro) for i in range(micro)]
     model, found = build(layout, meshes, folder), {}
     for name in LOSSES:
         model.zero_grad()
-        loss = model(input_ids=part.ids, fused=loss_of(name, part, ranks)).loss
-        loss.backward()
+        loss = torch.zeros(())
+        for i, part in enumerate(parts):
+            with synchronised(model, i == micro - 1):
+                fused = loss_of(name, part, ranks * micro)
+                one = model(input_ids=part.ids, fused=fused).loss / micro
+                one.backward()
+            loss += one.detach()
         grads = {
             key.removeprefix("module."): whole(p.grad).clone()
             for key, p in model.named_parameters()
             if p.grad is not None
         }
-        found[name] = {"loss": loss.detach(), **grads}
+        found[name] = {"loss": loss, **grads}
     return found
+
+
+@contextmanager
+def synchronised(model: nn.Module, last: bool) -> Iterator[None]:
+    """Let gradients go over the ranks after the last micro-batch only."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last)
+    with nullcontext() if last else getattr(model, "no_sync", nullcontext)():
+        yield
 
 
 class Largest(TorchDispatchMode):

@@ -221,6 +221,71 @@ KERNELS = [
     ),
 ]  # fmt: skip
 
+_TTIR = "far_apart::no_offset_is_a_32_bit_product"
+_FAR = "far_apart"
+
+OFFSETS = [  # that no longer fit 32 bits
+    *_in(
+        "kernels/fused_losses_kernels/row_pass.py",
+        ("a row's offset has 32 bits in a row pass", "n = tl.program_id(0).to(tl.int64)",
+         "n = tl.program_id(0)", _TTIR),
+        ("the label's offset has 32 bits", "y = tl.load(y_ptr + n).to(tl.int64)",
+         "y = tl.load(y_ptr + n).to(tl.int32)", _TTIR),
+        ("offsets of row results have 32 bits", "step = tl.full((), N, tl.int64)",
+         "step = tl.full((), N, tl.int32)", _TTIR),
+    ),
+    *_in(
+        "kernels/fused_losses_kernels/row_sums.py",
+        ("columns' offsets have 32 bits in a row pass",
+         "cols = tl.arange(0, R).to(tl.int64)[:, None] * W + tl.arange(0, W)[None, :]\n    offsets",
+         "cols = tl.arange(0, R)[:, None] * W + tl.arange(0, W)[None, :]\n    offsets", _TTIR),
+        ("the way to the next block has 32 bits in a row pass",
+         "z_block += tl.full((), R * W, tl.int64) * stride_zv", "z_block += R * W * stride_zv",
+         _TTIR),
+        ("the last block's offset has 32 bits",
+         "stop = tl.full((), C // (R * W), tl.int64) * (R * W)",
+         "stop = C // (R * W) * (R * W)", _TTIR),
+        ("columns' offsets have 32 bits when a row is gone through again",
+         "lane.to(tl.int64)[:, None]", "lane[:, None]", _TTIR),
+    ),
+    *_in(
+        "kernels/fused_losses_kernels/row_gradient.py",
+        ("a row's offset has 32 bits in a gradient", "n = tl.program_id(0).to(tl.int64)",
+         "n = tl.program_id(0)", _TTIR),
+    ),
+    *_in(
+        "kernels/fused_losses_kernels/row_common.py",
+        ("a row's offset is cut to 32 bits", "return (n // T) * stride_b + (n % T) * stride_t",
+         "return ((n // T) * stride_b + (n % T) * stride_t).to(tl.int32)", _FAR),
+        ("columns' offsets have 32 bits in a gradient",
+         "cols = tl.arange(0, BLOCK_V).to(tl.int64)\n    offsets",
+         "cols = tl.arange(0, BLOCK_V)\n    offsets", _TTIR),
+        ("the way to the next block has 32 bits in a gradient",
+         "z_block += tl.full((), BLOCK_V, tl.int64) * stride_zv", "z_block += BLOCK_V * stride_zv",
+         _TTIR),
+    ),
+    *_in(
+        "kernels/fused_losses_kernels/row_divergence.py",
+        ("a row's offset has 32 bits in a divergence", "n = tl.program_id(0).to(tl.int64)",
+         "n = tl.program_id(0)", _TTIR),
+        ("the way to the teacher's next block has 32 bits",
+         "t_block += tl.full((), BLOCK_V, tl.int64) * stride_tv", "t_block += BLOCK_V * stride_tv",
+         _TTIR),
+    ),
+    *_in(
+        "kernels/fused_losses_kernels/divergence_gradient.py",
+        ("a row's offset has 32 bits in a divergence's gradient",
+         "n = tl.program_id(0).to(tl.int64)", "n = tl.program_id(0)", _TTIR),
+        ("columns' offsets have 32 bits in a divergence's gradient",
+         "cols = tl.arange(0, BLOCK_V).to(tl.int64)", "cols = tl.arange(0, BLOCK_V)", _TTIR),
+    ),
+    *_in(
+        "kernels/fused_losses_kernels/segment_sum.py",
+        ("a segment's offset is cut to 32 bits", "at = start + tl.arange(0, BLOCK).to(tl.int64)",
+         "at = (start + tl.arange(0, BLOCK)).to(tl.int32)", _FAR),
+    ),
+]  # fmt: skip
+
 BACKEND = [
     *_in(
         "fused_losses/backends/torch_statistics.py",
@@ -902,6 +967,6 @@ EXAMPLES = [
 ]  # fmt: skip
 
 MUTANTS: list[Mutant] = [
-    *KERNELS, *BACKEND, *ENGINE, *PLANS, *LOSSES, *FUNCTIONAL, *INTEGRATIONS, *TRAINERS,
+    *KERNELS, *OFFSETS, *BACKEND, *ENGINE, *PLANS, *LOSSES, *FUNCTIONAL, *INTEGRATIONS, *TRAINERS,
     *EXAMPLES,
 ]  # fmt: skip

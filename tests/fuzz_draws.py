@@ -311,13 +311,20 @@ def _draw_inputs(draw: Draw, case: Case) -> None:
         head["linear_bias"] = draw.scores(draw.V)
     (case.constants if draw.maybe(0.3) else case.leaves).update(head)
     if case.function == "token_loss" and case.options.get("level") is None and draw.maybe(0.2):
-        wide = draw.rng.randint(1, 9)
-        case.options |= {
-            "anchor": draw.rng.choice(["forward_kl", "reverse_kl"]),
-            "anchor_weight": 0.3,
-            "anchor_input": draw.scores(draw.B, draw.T, wide),
-            "anchor_weight_matrix": draw.scores(draw.V, wide),
-        }
+        case.options["anchor_weight"] = 0.3
+        _draw_anchor(draw, case)
+    if case.function == "policy_loss" and case.args[2] is None and draw.maybe(0.4):
+        case.options["beta"] = draw.rng.choice([0.0, 0.3])
+        _draw_anchor(draw, case)
+
+
+def _draw_anchor(draw: Draw, case: Case) -> None:
+    wide = draw.rng.randint(1, 9)
+    case.options |= {
+        "anchor": draw.rng.choice(["forward_kl", "reverse_kl"]),
+        "anchor_input": draw.scores(draw.B, draw.T, wide),
+        "anchor_weight_matrix": draw.scores(draw.V, wide),
+    }
 
 
 def _draw_values(draw: Draw, case: Case) -> None:

@@ -656,6 +656,8 @@ FUNCTIONAL = [
     ),
     *_in(
         "fused_losses/functional/tokens.py",
+        ("a part of a sequence may be shifted", 'refuse_cut_sequences("shift=True")', "pass",
+         "cut_sequences::cut_sequences_are_refused_inside_context_parallel"),
         ("a shift moves the other way", "t = t.roll(-1, -1)", "t = t.roll(1, -1)",
          "linear_units::leading_dimensions_are_free_and_a_shift_is_a_slice", _FUZZ),
         ("no items are infinitely many",
@@ -803,6 +805,19 @@ INTEGRATIONS = [
         ("two datasets of the same tokens, cut otherwise, are one",
          "state.update(lengths.tobytes())",
          "pass", "reference_cache::tokens_that_are_cut_otherwise_have_another_name"),
+    ),
+    *_in(
+        "fused_losses/integrations/fail_together.py",
+        ("who failed alone goes on to the next block", "        _watch.join()", "        pass",
+         "failing_rank::the_job_ends_in_seconds_and_says_who_failed_and_why"),
+        ("an error of all ends them", '("failed", 0) == processes', '("failed", 0) > processes',
+         "failing_rank::an_error_that_all_have_may_be_caught"),
+    ),
+    *_in(
+        "fused_losses/integrations/cut_sequences.py",
+        ("what accelerate launch asks for is passed over", "parallel is None and asked",
+         "parallel is None and not asked",
+         "trainer_distributed::sequences_that_accelerate_would_cut_are_refused"),
     ),
     *_in(
         "fused_losses/integrations/shares.py",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import gc
+import importlib.util
 import multiprocessing
 import os
 import re
@@ -24,10 +25,12 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
+from transformers import Trainer
 
 import fused_losses
 from fused_losses.integrations import fail_together, fuse_lm_head
-from fused_losses.trainer import SFTTrainer
+from fused_losses.integrations.fail_together import FailTogether
+from fused_losses.trainer import DPOTrainer, SFTTrainer
 
 LIMIT = 100  # seconds that a process may take in all; of a job that ends by itself, a fraction
 WAITS = 1000  # seconds until collectives time out: whoever waits for that has hung
@@ -128,12 +131,12 @@ def trainer(case: str, folder: str) -> None:
 
 # case -> what process 1 says
 CASES = {
+    "shared head, caught": "process 1 failed: RuntimeError: .*(?:alloc|memory)",
     "a bad label": "IndexError: label 98 at position",
     "NaN": "FloatingPointError: the loss is nan at step 2",
     "fsdp, killed": r"Signal 9 \(SIGKILL\)",
     "a bad label, caught": "process 1 failed: IndexError: label 98 at position",
     "fsdp, out of memory, caught": "process 1 failed: RuntimeError: .*(?:alloc|memory)",
-    "shared head, caught": "process 1 failed: RuntimeError: .*(?:alloc|memory)",
     "trainer, caught": "process 1 failed: IndexError: label 98 at position",
 }
 
@@ -193,3 +196,21 @@ def test_without_the_block_the_time_out_of_the_group_ends_the_job(
 ) -> None:
     with pytest.raises(ChildFailedError, match=r"imed out|onnection closed"):
         launch("a bad label, caught, time-out", tmp_path)
+
+
+def test_every_trainer_trains_in_the_block() -> None:
+    trainers: list[type] = [SFTTrainer, DPOTrainer]
+    if importlib.util.find_spec("trl"):
+        from fused_losses.integrations import trl as ours
+        from fused_losses.integrations.trl.gkd import GKDTrainer
+
+        trainers += [
+            ours.SFTTrainer,
+            ours.DPOTrainer,
+            ours.KTOTrainer,
+            ours.GRPOTrainer,
+            GKDTrainer,
+        ]
+    for trainer in trainers:
+        order = trainer.__mro__
+        assert order.index(FailTogether) < order.index(Trainer)

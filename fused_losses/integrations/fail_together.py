@@ -9,6 +9,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_store
@@ -35,8 +36,9 @@ def fail_together(seconds: float = 10.0) -> Iterator[None]:
     fails because another did (its connection closed) says so, and lets the other end before it.
 
     An error that all processes have in the same block may be caught: they are still in step. Blocks
-    may be nested; the outermost counts. The trainers train, evaluate and compute references in one.
-    With one process, or without a process group, nothing happens. Usable as a decorator.
+    may be nested; the outermost counts. The trainers train and evaluate in one, also those of TRL
+    on this engine. With one process, or without a process group, nothing happens. Usable as a
+    decorator.
 
     Args:
         seconds: Time from the error until the process must have ended, or all have failed.
@@ -65,6 +67,25 @@ def fail_together(seconds: float = 10.0) -> Iterator[None]:
         raise
     finally:
         _inside = False
+
+
+class FailTogether:
+    """The first base of a Trainer that trains, evaluates and predicts in such a block."""
+
+    @fail_together()
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer."""
+        return super().train(*args, **kwargs)  # type: ignore[misc]
+
+    @fail_together()
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer."""
+        return super().evaluate(*args, **kwargs)  # type: ignore[misc]
+
+    @fail_together()
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer."""
+        return super().predict(*args, **kwargs)  # type: ignore[misc]
 
 
 def _tell(error: Exception, block: int, seconds: float) -> threading.Thread:

@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from fused_losses import with_stats
-from fused_losses.integrations import fail_together, fuse_lm_head
+from fused_losses.integrations import fuse_lm_head
 from fused_losses.trainer.batches import behind_prompt
 from fused_losses.trainer.collate import Collator
 from fused_losses.trainer.data import each, values
@@ -220,7 +220,6 @@ class PostTrainer(LoadingTrainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             return self.compute_loss(model, inputs).detach(), None, None
 
-    @fail_together()
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Evaluate; every metric is the mean over all items, and not over batches."""
         self._evaluated = Telemetry()

@@ -12,20 +12,19 @@ from accelerate.utils import gather_object
 from transformers import Trainer
 from transformers.trainer_utils import TrainOutput
 
-from fused_losses.integrations import fail_together
+from fused_losses.integrations.fail_together import FailTogether
 from fused_losses.trainer.telemetry import TrainingRecord
 
 logger = logging.getLogger(__name__)
 
 
-class CheckpointedTrainer(Trainer):
+class CheckpointedTrainer(FailTogether, Trainer):
     """``transformers.Trainer`` whose runs survive being killed at any moment."""
 
     @property
     def _record(self) -> TrainingRecord:
         return next(c for c in self.callback_handler.callbacks if isinstance(c, TrainingRecord))
 
-    @fail_together()
     def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> TrainOutput:
         """Train; ``resume_from_checkpoint=True`` goes on from the last checkpoint that is whole.
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 import fused_losses
 from fused_losses.integrations.dropout import disable_dropout
+from fused_losses.integrations.fail_together import FailTogether
 from fused_losses.integrations.lm_head import fuse_lm_head
 from fused_losses.integrations.trl.checks import (
     arguments_of,
@@ -27,7 +28,7 @@ from fused_losses.integrations.trl.head import (
 from fused_losses.integrations.trl.reference_model import ReferenceOnEngine
 
 
-class DPOTrainer(ReferenceOnEngine, trl.DPOTrainer):
+class DPOTrainer(FailTogether, ReferenceOnEngine, trl.DPOTrainer):
     """TRL's ``DPOTrainer`` with the pair losses of this library.
 
     One loss of ``linear_dpo_loss`` runs within one pass (6 N D V FLOPs), against references per

@@ -12,11 +12,12 @@ from torch import Tensor
 from trl.experimental.gkd import GKDTrainer as _GKDTrainer
 
 import fused_losses
+from fused_losses.integrations.fail_together import FailTogether
 from fused_losses.integrations.lm_head import fuse_lm_head
 from fused_losses.integrations.trl.checks import arguments_of, check_gkd
 
 
-class GKDTrainer(_GKDTrainer):
+class GKDTrainer(FailTogether, _GKDTrainer):
     """TRL's experimental ``GKDTrainer`` without logits of either model.
 
     The loss is TRL's generalised Jensen-Shannon divergence: ``beta=0`` is KL(teacher || student),

@@ -14,6 +14,7 @@ from trl.trainer.utils import use_adapter
 
 import fused_losses
 from fused_losses.integrations.dropout import disable_dropout
+from fused_losses.integrations.fail_together import FailTogether
 from fused_losses.integrations.lm_head import fuse_lm_head
 from fused_losses.integrations.trl.checks import arguments_of
 from fused_losses.integrations.trl.grpo_checks import (
@@ -33,7 +34,7 @@ from fused_losses.integrations.trl.head import (
 )
 
 
-class GRPOTrainer(trl.GRPOTrainer):
+class GRPOTrainer(FailTogether, trl.GRPOTrainer):
     """TRL's ``GRPOTrainer`` with the policy losses of this library.
 
     ``loss_type`` ``grpo``, ``bnpo``, ``dapo``, ``dr_grpo``, ``cispo`` and ``luspo``, at either

@@ -8,6 +8,7 @@ from torch import Tensor
 
 import fused_losses
 from fused_losses.integrations.dropout import disable_dropout
+from fused_losses.integrations.fail_together import FailTogether
 from fused_losses.integrations.lm_head import fuse_lm_head
 from fused_losses.integrations.trl.checks import arguments_of, check_kto, kto_options
 from fused_losses.integrations.trl.head import (
@@ -24,7 +25,7 @@ from fused_losses.integrations.trl.reference_model import ReferenceOnEngine
 _MISMATCHED = "KL_logps"
 
 
-class KTOTrainer(ReferenceOnEngine, trl.KTOTrainer):
+class KTOTrainer(FailTogether, ReferenceOnEngine, trl.KTOTrainer):
     """TRL's ``KTOTrainer`` with the KTO loss of this library.
 
     ``kto`` and ``apo_zero_unpaired`` run within one pass (6 N D V FLOPs), against references per

@@ -10,13 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fused_losses
+from fused_losses.integrations.fail_together import FailTogether
 from fused_losses.integrations.lm_head import fuse_lm_head
 from fused_losses.integrations.trl.checks import arguments_of, check_sft, token_loss_of
 from fused_losses.integrations.trl.head import Answer, AnsweredModel, ask_stats, lengthened, trl
 from fused_losses.integrations.trl.references import COLUMN, ReferenceCollator, add_ref_logps
 
 
-class SFTTrainer(trl.SFTTrainer):
+class SFTTrainer(FailTogether, trl.SFTTrainer):
     """TRL's ``SFTTrainer`` with the token losses of this library.
 
     A loss that compares with a reference takes it from the dataset's column ``ref_logps``, or

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -226,3 +227,17 @@ def test_a_head_that_ranks_share_takes_positions_once_they_are_whole(mesh: Devic
     w = distribute_tensor(b.w, mesh, [Shard(0)])
     found = fl.linear_mle_loss(x, w, b.y, shift=True, backend="torch")
     assert relative(found, whole("mle", b.x, b.w)) < 1e-6
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_no_function_shifts_a_part(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    attention = SimpleNamespace(
+        __module__="torch.distributed.tensor.experimental._context_parallel"
+    )
+    tensors = case.tensors((4, 3), "cpu")
+    for module in (fl, fl.reference):
+        case(tensors, module, shift=True)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
+    for module in (fl, fl.reference):
+        with pytest.raises(ValueError, match="inside torch's context_parallel"):
+            case(tensors, module, shift=True)

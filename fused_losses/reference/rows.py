@@ -8,7 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused_losses.arguments import COUNT_CURE, check_number, number, refuse_gradient
+from fused_losses.arguments import (
+    COUNT_CURE,
+    check_number,
+    number,
+    refuse_cut_sequences,
+    refuse_gradient,
+)
 
 
 def counted_rows(target: Tensor, ignore_index: int, shift: bool) -> Tensor:
@@ -18,6 +24,7 @@ def counted_rows(target: Tensor, ignore_index: int, shift: bool) -> Tensor:
     """
     counted = target != ignore_index
     if shift:
+        refuse_cut_sequences("shift=True")
         if target.dim() == 0:
             raise ValueError(
                 "shift=True needs a target with a sequence dimension, got a 0-d target"

@@ -286,6 +286,28 @@ OFFSETS = [  # that no longer fit 32 bits
     ),
 ]  # fmt: skip
 
+_BEYOND = "kernel_operands::nothing_beyond_an_operand_is_read_or_written"
+
+BOUNDS = [
+    *_in(
+        "kernels/fused_losses_kernels/row_common.py",
+        ("zeros are written beyond a row", "tl.store(dz_ptr + cols, zeros, mask=cols < V)",
+         "tl.store(dz_ptr + cols, zeros)", _BEYOND),
+    ),
+    *_in(
+        "kernels/fused_losses_kernels/row_sums.py",
+        ("exponentials are written beyond a row", "there & goes_on[:, None]", "goes_on[:, None]",
+         _BEYOND),
+    ),
+    *_in(
+        "kernels/fused_losses_kernels/divergence_gradient.py",
+        ("a bad label writes beyond its row", ".to(dz_ptr.dtype.element_ty), here)",
+         ".to(dz_ptr.dtype.element_ty), y < C + 1)", _BEYOND),
+        ("a divergence writes beyond a row", "dz * jacobian if SOFTCAP else dz, there)",
+         "dz * jacobian if SOFTCAP else dz, cols < C + 1)", _BEYOND),
+    ),
+]  # fmt: skip
+
 BACKEND = [
     *_in(
         "fused_losses/backends/torch_statistics.py",
@@ -982,6 +1004,6 @@ EXAMPLES = [
 ]  # fmt: skip
 
 MUTANTS: list[Mutant] = [
-    *KERNELS, *OFFSETS, *BACKEND, *ENGINE, *PLANS, *LOSSES, *FUNCTIONAL, *INTEGRATIONS, *TRAINERS,
-    *EXAMPLES,
+    *KERNELS, *OFFSETS, *BOUNDS, *BACKEND, *ENGINE, *PLANS, *LOSSES, *FUNCTIONAL, *INTEGRATIONS,
+    *TRAINERS, *EXAMPLES,
 ]  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -11,7 +12,8 @@ from torch import Tensor
 pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 
 from fused_losses.divergences import check_divergence
-from fused_losses_kernels import lines
+from fused_losses.token_losses import TOKEN_LOSSES
+from fused_losses_kernels import launch, lines
 from fused_losses_kernels.row_divergence import row_divergence
 from fused_losses_kernels.row_gradient import row_gradient
 from fused_losses_kernels.row_pass import row_pass
@@ -159,3 +161,76 @@ def test_sums_of_segments_refuse(
 ) -> None:
     with pytest.raises(ValueError, match="must be"):
         segment_sum(_there(x, device), _there(offsets, device), torch.empty(size, device=device))
+
+
+# -- Nothing beyond an operand is read or written --------------------------------------------------
+
+_ROOM = 64
+LABELS = torch.tensor([V - 1, V, 0, -100])  # the last word, none, the first, an ignored one
+ONE = torch.rand(N)
+ASKED: dict[str, Any] = dict(y=LABELS, rows=torch.full((lines.LINES, N), torch.nan))
+BESIDE: dict[str, Any] = {name: ONE for name in ("dlogp", "dlse", "dmean", "dentropy")}
+EVERYTHING = {
+    "a row pass": (
+        _passed,
+        ASKED
+        | dict(ref=ONE, value=ONE, exponentials=torch.full((N, V), torch.nan), entropy=True)
+        | dict(phi=TOKEN_LOSSES["hellinger"].device_fn, r0=-2.0, label_smoothing=0.1, top1=True),
+    ),
+    "a row pass over a range": (_passed, ASKED | dict(entropy=True, top1=True, V=2 * V)),
+    "a row gradient": (
+        _differentiated,
+        dict(y=LABELS, **BESIDE, dz=torch.full((N, V), torch.nan)),
+    ),
+    "a divergence": (
+        _diverged,
+        dict(y=LABELS, **BESIDE, share=ONE, weight=ONE, dz=torch.full((N, V), torch.nan)),
+    ),
+}
+
+
+@pytest.mark.parametrize("turn", [0, 1, 2])  # what goes beyond a row meets the next, but the last's
+@pytest.mark.parametrize(("run", "asked"), EVERYTHING.values(), ids=EVERYTHING)
+def test_nothing_beyond_an_operand_is_read_or_written(
+    device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+    run: Any,
+    asked: dict[str, Any],
+    turn: int,
+) -> None:
+    asked = asked | {"y": LABELS.roll(turn)}
+    # So that rows end within a block; a divergence takes half of one.
+    monkeypatch.setattr(launch, "_INTERPRETED_BLOCK", 8 if run is _diverged else 4)
+    fences: list[tuple[Tensor, Tensor, int]] = []
+
+    def operands(fill: float) -> list[Tensor]:
+        """All operands after a run between two fences each."""
+        made: list[Tensor] = []
+
+        def fenced(t: Tensor, place: torch.device) -> Tensor:
+            whole = torch.full((t.numel() + 2 * _ROOM,), fill, device=place).to(t.dtype)
+            inner = whole[_ROOM : _ROOM + t.numel()].view(t.shape).copy_(t)
+            fences.append((whole, whole.clone(), t.numel()))
+            made.append(inner)
+            return inner
+
+        monkeypatch.setattr(sys.modules[__name__], "_there", fenced)
+        torch.manual_seed(3)
+        run(device, **asked)
+        return [t.nan_to_num(77.0) if t.is_floating_point() else t for t in made]
+
+    for one, other in zip(operands(2.0), operands(-3e4), strict=True):
+        assert torch.equal(one, other)
+    for whole, before, size in fences:
+        for part in (slice(None, _ROOM), slice(_ROOM + size, None)):
+            assert torch.equal(whole[part], before[part])
+
+
+def test_a_sum_reads_its_segments_and_nothing_beyond(device: torch.device) -> None:
+    whole = torch.full((2 * _ROOM + 6,), torch.nan, device=device)
+    x = whole[_ROOM:-_ROOM].copy_(torch.arange(6.0))
+    out = torch.full((2 * _ROOM + 3,), 7.0, device=device)
+    segment_sum(x, torch.tensor([0, 2, 2, 6], device=device), out[_ROOM:-_ROOM])
+    assert out[_ROOM:-_ROOM].tolist() == [1.0, 0.0, 14.0]
+    assert (out[:_ROOM] == 7.0).all()
+    assert (out[-_ROOM:] == 7.0).all()

@@ -7,6 +7,7 @@ of hidden states are: gathered or cast, summed, scaled. The engine frees them as
 
 from __future__ import annotations
 
+import functools
 import os
 from bisect import bisect_right
 
@@ -34,6 +35,8 @@ _ALIGNED = 16
 _LONG_ROW = 4096
 # Narrower ranges of the vocabulary are not worth a launch.
 _LEAST_COLUMNS = 256
+# No call has as many tokens.
+_MANY = 2**31
 
 ENVIRONMENT_VARIABLE = "FUSED_LOSSES_WORKSPACE_BYTES"
 DEFAULT_CPU_BYTES = 256 * 2**20
@@ -47,22 +50,33 @@ def row_stride(columns: int, backend: str) -> int:
     return -(-columns // _ALIGNED) * _ALIGNED
 
 
-def tile_bytes(rows: int, columns: int, route: Route, shape: LinearShape) -> int:
+def tile_bytes(
+    rows: int, columns: int, route: Route, shape: LinearShape, strip: int | None = None
+) -> int:
     """Bytes that a chunk holds for one range of columns: what the budget bounds.
 
-    Its logits, their gradient where it is not in place, the row pass's scratch, and what its rows
-    have of their own, which is most of it where the vocabulary is small.
+    Its logits, or those of ``strip`` rows at a time, their gradient where it is not in place, the
+    row pass's scratch, and what its rows have of their own, which is most of it where the
+    vocabulary is small.
     """
-    tile, scratch = _element_bytes(route, shape)
+    strip = rows if strip is None else strip
+    tile, gradient, scratch = _element_bytes(route, shape)
     # The torch backend passes over blocks of rows; a single row may be larger than a block.
     block = max(columns, BLOCK_BYTES // max(shape.logits_dtype.itemsize, 4))
-    logits = rows * row_stride(columns, shape.backend) * tile + min(rows * columns, block) * scratch
+    logits = (strip * tile + rows * gradient) * row_stride(columns, shape.backend)
+    logits += min(strip * columns, block) * scratch
     if shape.teacher_hidden and (shape.backend == "torch" or not shape.divergence_in_kernel):
         wide = max(shape.logits_dtype.itemsize, 4)
         block = max(columns, DIVERGENCE_BLOCK_BYTES // wide)
-        logits += min(rows * columns, block) * wide * _DIVERGENCE_TENSORS
+        logits += min(strip * columns, block) * wide * _DIVERGENCE_TENSORS
     several = columns < shape.vocabulary
-    return logits + rows * _row_bytes(route, shape, several) + _upcast(rows, columns, route, shape)
+    upcast = _upcast(rows, strip, columns, route, shape)
+    return logits + rows * _row_bytes(route, shape, several) + upcast
+
+
+def logits_bytes(strip: int, shape: LinearShape) -> int:
+    """Bytes of the logits of so many whole rows."""
+    return strip * row_stride(shape.vocabulary, shape.backend) * shape.logits_dtype.itemsize
 
 
 def _row_bytes(route: Route, shape: LinearShape, several: bool) -> int:
@@ -103,7 +117,7 @@ def _function_bytes(shape: LinearShape) -> int:
     return taken * max(shape.logits_dtype.itemsize, 4)
 
 
-def _upcast(rows: int, columns: int, route: Route, shape: LinearShape) -> int:
+def _upcast(rows: int, strip: int, columns: int, route: Route, shape: LinearShape) -> int:
     """Bytes of 16-bit operands made fp32 where no product takes them as they are, on a CPU."""
     if shape.backend != "torch" or shape.compute_dtype.itemsize > 2:
         return 0
@@ -112,33 +126,34 @@ def _upcast(rows: int, columns: int, route: Route, shape: LinearShape) -> int:
     # pieces if the sum is the longest.
     elements = 0
     if shape.logits_dtype != shape.compute_dtype:
-        elements = min(rows, columns) * D
+        elements = min(strip, columns) * D
     if route == "frozen" or (fp16 and shape.need_dx and route != "forward"):
         elements = max(elements, min(rows, D) * min(columns, max(rows, D)))
     if route == "frozen" or (shape.need_dw and route != "forward"):
         elements = max(elements, min(columns, D) * rows)
     if shape.teacher_hidden and shape.teacher_dtype.itemsize <= 2:
-        elements = max(elements, min(rows, columns) * shape.teacher_hidden)
+        elements = max(elements, min(strip, columns) * shape.teacher_hidden)
     return 4 * elements
 
 
-def _element_bytes(route: Route, shape: LinearShape) -> tuple[int, int]:
-    """Bytes per logit of a tile, and per logit of the row pass's scratch."""
+def _element_bytes(route: Route, shape: LinearShape) -> tuple[int, int, int]:
+    """Bytes per logit of a tile, of its gradient if it is apart, and of the row pass's scratch."""
     separate_gradient = route != "forward" and shape.logits_dtype != shape.compute_dtype
-    tile = shape.logits_dtype.itemsize + separate_gradient * shape.compute_dtype.itemsize
+    gradient = separate_gradient * shape.compute_dtype.itemsize
+    tile = shape.logits_dtype.itemsize
     if shape.teacher_hidden:
         tile += shape.teacher_logits_bytes
     elif shape.whole_logits and not shape.words:
         tile += _function_bytes(shape)
     if shape.backend != "torch":
-        return tile, 0
+        return tile, gradient, 0
     # A pass that must leave the logits as they are, or whose maths are wider, works on a copy.
     whole = route == "unit" or (route == "token" and shape.sharded)
     keeps_logits = whole and not shape.exponentials
     narrow = shape.compute_dtype if route == "recompute" else shape.logits_dtype
     copies = int(keeps_logits or narrow.itemsize < 4)
     copies += (shape.softcap and route != "forward") + shape.entropy
-    return tile, max(shape.logits_dtype.itemsize, 4) * copies
+    return tile, gradient, max(shape.logits_dtype.itemsize, 4) * copies
 
 
 def least_columns(route: Route, shape: LinearShape) -> int:
@@ -152,10 +167,14 @@ def least_bytes(route: Route, shape: LinearShape) -> int:
     return tile_bytes(1, least_columns(route, shape), route, shape)
 
 
-def most_rows(tokens: int, columns: int, route: Route, shape: LinearShape, budget: int) -> int:
-    """Most rows of so many columns that fit the budget, up to ``tokens``."""
-    sizes = range(1, tokens + 1)
-    return bisect_right(sizes, budget, key=lambda rows: tile_bytes(rows, columns, route, shape))
+@functools.lru_cache(maxsize=512)
+def most_rows(route: Route, shape: LinearShape, budget: int, strips: int = 1) -> int:
+    """Most whole rows whose logits, made in so many strips, fit the budget."""
+
+    def size(rows: int) -> int:
+        return tile_bytes(rows, shape.vocabulary, route, shape, -(-rows // strips))
+
+    return bisect_right(range(1, _MANY), budget, key=size)
 
 
 def most_columns(rows: int, route: Route, shape: LinearShape, budget: int) -> int:

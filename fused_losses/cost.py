@@ -1,9 +1,10 @@
 """What a plan of the linear path costs: FLOPs of its products, and bytes that it moves.
 
 With N tokens in b chunks and a vocabulary of V in k ranges, c, l and a the bytes of an operand, of
-a logit and of an accumulator, x = NDc and w = VDc the bytes of hidden states and head:
+a logit and of an accumulator, x = NDc and w = VDc the bytes of hidden states and head, and the
+logits made in t strips, which are parts of chunks (t = b where a chunk is one):
 
-    logits        2NDV FLOPs    read k x and b w, write NVl; the teacher's alike, of its own D
+    logits        2NDV FLOPs    read k x and t w, write NVl; the teacher's alike, of its own D
     divergence                  read both sides' logits; with the gradient write NVc (kernels read
                                 twice for a gradient, but for forward KL: not counted)
     row pass                    read NVl; with exponentials or the gradient write NVc
@@ -136,6 +137,14 @@ class LinearShape:
         rounds = self.backend == "torch" and self.compute_dtype.itemsize == 2
         return rounds and route != "forward"
 
+    def takes_strips(self, route: Route) -> bool:
+        """Whether logits and their gradient are apart, so that a chunk's logits come in strips.
+
+        A chunk is then as many tokens as its gradient, of narrower numbers, leaves room for.
+        """
+        apart = self.logits_dtype.itemsize > self.compute_dtype.itemsize
+        return route in ("token", "unit") and apart and self.need_gradient
+
     @property
     def teacher_logits_bytes(self) -> int:
         """Bytes of one of the teacher's logits, which are fp32 at least."""
@@ -161,11 +170,12 @@ def sum_dtype(compute: torch.dtype, accum: torch.dtype, chunks: int) -> torch.dt
     return compute if chunks == 1 else torch.promote_types(compute, accum)
 
 
-def peak_bytes(shape: LinearShape, chunks: int, workspace: int) -> int:
+def peak_bytes(shape: LinearShape, chunks: int, workspace: int, gone: int = 0) -> int:
     """Bytes that a call holds at its highest: workspace and what belongs to the head.
 
     That is its copy in the operands' dtype where it is stored in another, and its gradient, summed
-    in ``sum_dtype`` and rounded when the workspace is gone.
+    in ``sum_dtype`` and rounded when the workspace is gone. ``gone``: so much of the workspace is,
+    the logits of a single chunk's strips, before there is a gradient of the head.
     """
     head, compute = shape.vocabulary * shape.hidden, shape.compute_dtype
     own = shape.weight_dtype or compute
@@ -174,7 +184,8 @@ def peak_bytes(shape: LinearShape, chunks: int, workspace: int) -> int:
         return workspace + cast
     summed = sum_dtype(compute, shape.accum_dtype, chunks)
     rounded = head * own.itemsize if summed != own else 0
-    return cast + head * summed.itemsize + max(workspace, rounded)
+    dw = head * summed.itemsize
+    return cast + max(workspace, dw + workspace - gone, dw + rounded)
 
 
 @functools.lru_cache(maxsize=512)
@@ -209,24 +220,33 @@ def flops(route: Route, tokens: int, shape: LinearShape) -> int:
     return 2 * tokens * hidden * shape.vocabulary
 
 
-def bytes_moved(route: Route, tokens: int, shape: LinearShape, chunks: int, ranges: int) -> int:
-    """Bytes that products and row passes read and write, by the table of the module."""
-    return sum(_step_bytes(step, tokens, shape, chunks, ranges) for step in steps_of(route, shape))
+def bytes_moved(
+    route: Route, tokens: int, shape: LinearShape, chunks: int, ranges: int, strips: int = 0
+) -> int:
+    """Bytes that products and row passes read and write, by the table of the module.
+
+    ``strips``: in how many the logits are made; 0: as many as chunks.
+    """
+    cut = chunks, ranges, strips or chunks
+    return sum(step_bytes(step, tokens, shape, *cut) for step in steps_of(route, shape))
 
 
-def _step_bytes(step: Step, tokens: int, shape: LinearShape, chunks: int, ranges: int) -> int:
+def step_bytes(
+    step: Step, tokens: int, shape: LinearShape, chunks: int, ranges: int, strips: int
+) -> int:
+    """Bytes that one of the steps reads and writes, over all chunks, strips and ranges."""
     c, a = shape.compute_dtype.itemsize, shape.accumulator_bytes
     x, w = tokens * shape.hidden, shape.vocabulary * shape.hidden
     z = tokens * shape.vocabulary
     logits, gradient = z * shape.logits_dtype.itemsize, z * c
     if step is Step.TEACHER_LOGITS:
-        operands = (ranges * tokens + chunks * shape.vocabulary) * shape.teacher_hidden
+        operands = (ranges * tokens + strips * shape.vocabulary) * shape.teacher_hidden
         return operands * shape.teacher_dtype.itemsize + z * shape.teacher_logits_bytes
     if step in (Step.DIVERGENCE, Step.DIVERGENCE_WITH_GRADIENT):
         both = logits + z * shape.teacher_logits_bytes
         return both + (gradient if step.writes else 0)
     if step is Step.LOGITS:
-        return ranges * x * c + chunks * w * c + logits
+        return ranges * x * c + strips * w * c + logits
     if step in (Step.DX, Step.DX_OF_EXPONENTIALS):
         return gradient + chunks * w * c + (2 * ranges - 1) * x * (a if ranges > 1 else c)
     if step is Step.DW:

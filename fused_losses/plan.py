@@ -11,7 +11,8 @@ head is 2 N D V FLOPs, N the labels that are not ignored. The routes of the line
 - recompute, 8 N D V: any use of log-probs or per-token losses; ranges of the vocabulary are made
   again once the weights are known, and dW is rounded once. (6 where only hidden states want it.)
 
-"token" and "unit" take whole rows, chunks of tokens; the others tiles, of chunks and ranges. Where
+"token" and "unit" take whole rows, chunks of tokens, of which logits that are wider than operands
+exist a strip at a time (:mod:`fused_losses.strips`); the others tiles, of chunks and ranges. Where
 several would do, ``cost`` decides, written down in :mod:`fused_losses.cost`: on a tight budget
 making the logits twice is cheaper than many chunks, each of which reads the head and adds to dW.
 
@@ -22,14 +23,13 @@ one needs none, and is taken, whatever the budget, where in all it holds no more
 from __future__ import annotations
 
 import functools
-from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 
 from fused_losses.backends.base import BLOCK_BYTES
-from fused_losses.chunk_bytes import least_bytes, least_columns, most_columns, most_rows, tile_bytes
+from fused_losses.chunk_bytes import least_bytes, least_columns, most_columns, tile_bytes
 from fused_losses.cost import (
     LinearShape,
     Route,
@@ -37,9 +37,9 @@ from fused_losses.cost import (
     bytes_moved,
     flops,
     in_flops,
-    peak_bytes,
     steps_of,
 )
+from fused_losses.strips import Cut, cut_in_one, cuts, evenly, memory_of
 
 __all__ = [
     "LinearShape",
@@ -53,8 +53,6 @@ __all__ = [
     "routes_for",
 ]
 
-# Rows and columns of tiles: what matrix units and 16-byte accesses like.
-_MULTIPLE = 128
 _NO_MORE = 1.05  # what one chunk may hold of what several hold in all
 
 
@@ -68,7 +66,9 @@ class Plan:
         tokens: N, labels that are not ignored.
         hidden: D, 0 on the logits path.
         vocabulary: V.
-        chunks: Tokens per chunk, in order.
+        chunks: Tokens per chunk, in order: what the gradient's products take at a time.
+        strips: Tokens per strip, in order: whose logits exist at a time. As ``chunks``, or, where
+            logits are wider than operands, parts of them.
         columns: Columns of the vocabulary per product, in order; (V,) for whole rows.
         flops: GEMM FLOPs of forward and backward together.
         bytes_moved: Bytes that products and row passes read and write, as the cost model has them.
@@ -86,6 +86,7 @@ class Plan:
     hidden: int
     vocabulary: int
     chunks: tuple[int, ...]
+    strips: tuple[int, ...]
     columns: tuple[int, ...]
     flops: int
     bytes_moved: int
@@ -115,6 +116,8 @@ class Plan:
         ndv = self.tokens * self.hidden * self.vocabulary
         gemms = f", {self.flops / ndv:.1f} NDV = {self.flops / 1e9:.2f} GFLOP" if ndv else ""
         sizes = f"{len(self.chunks)} chunk(s) of up to {max(self.chunks, default=0)} tokens"
+        if len(self.strips) > len(self.chunks):
+            sizes += f", {len(self.strips)} strips of up to {max(self.strips)}"
         if len(self.columns) > 1:
             sizes += f", {len(self.columns)} ranges of up to {max(self.columns)} words"
         return (
@@ -184,23 +187,15 @@ def plan_units(ends: Sequence[int], shape: LinearShape, budget: int) -> Plan | N
 
     None if a unit does not fit the budget, or if recomputation, where it would do, is cheaper.
     """
-    V, tokens = shape.vocabulary, ends[-1] if ends else 0
-    most = most_rows(max(tokens, 1), V, "unit", shape, budget)
-    chunks: list[int] = []
-    start = 0
-    while start < tokens:
-        units = bisect_right(ends, start + most)
-        if not units or ends[units - 1] == start:
-            return None
-        chunks.append(ends[units - 1] - start)
-        start = ends[units - 1]
-    plan = _plan("unit", tokens, shape, budget, tuple(chunks), (V,))
-    other = None
+    tokens = ends[-1] if ends else 0
+    plan, other = _whole_rows("unit", tokens, shape, budget, ends), None
+    if plan is None:
+        return None
     if not shape.whole_logits and _forced.get() != "unit":
         other = _cheapest("recompute", tokens, shape, budget)
     if other is not None and other.cost < plan.cost:
         return None
-    return _in_one(plan, shape)
+    return _in_one(plan, shape, ends)
 
 
 def plan_logits(tokens: int, vocabulary: int, backend: str, *, need_gradient: bool) -> Plan:
@@ -214,6 +209,7 @@ def plan_logits(tokens: int, vocabulary: int, backend: str, *, need_gradient: bo
         hidden=0,
         vocabulary=vocabulary,
         chunks=(tokens,),
+        strips=(tokens,),
         columns=(vocabulary,),
         flops=0,
         bytes_moved=0,
@@ -231,31 +227,42 @@ def _cheapest(route: Route, tokens: int, shape: LinearShape, budget: int) -> Pla
     V = shape.vocabulary
     if least_bytes(route, shape) > budget:
         return None
-    if not tokens:
-        return _plan(route, 0, shape, budget, (), (V,))
     if shape.takes_whole_rows(route) or tile_bytes(tokens, V, route, shape) <= budget:
-        chunks = _evenly(tokens, most_rows(tokens, V, route, shape, budget))
-        return _plan(route, tokens, shape, budget, chunks, (V,))
+        return _whole_rows(route, tokens, shape, budget)
     plans = []
     parts = 1
     while parts < 2 * tokens:
         rows = -(-tokens // min(parts, tokens))
         most = most_columns(rows, route, shape, budget)
         if most >= least_columns(route, shape):
-            chunks, columns = _evenly(tokens, rows), _evenly(V, most)
-            plans.append(_plan(route, tokens, shape, budget, chunks, columns))
+            chunks, columns = evenly(tokens, rows), evenly(V, most)
+            plans.append(_plan(route, tokens, shape, budget, chunks, chunks, columns))
         parts *= 2
     return min(plans, key=_cost)
 
 
-def _in_one(plan: Plan, shape: LinearShape) -> Plan:
-    """Take one chunk instead of several whose dW is summed, if in all it holds no more."""
-    whole_rows = plan.route in ("token", "unit")
-    if len(plan.chunks) < 2 or not (whole_rows and shape.need_dw and shape.sums_wider):
+def _whole_rows(
+    route: Route, tokens: int, shape: LinearShape, budget: int, ends: Sequence[int] | None = None
+) -> Plan | None:
+    """The cheapest way to cut whole rows; None if a unit does not fit."""
+    columns, found = (shape.vocabulary,), cuts(tokens, route, shape, budget, ends)
+    plans = [_plan(route, tokens, shape, budget, *cut, columns) for cut in found]
+    return min(plans, key=_cost, default=None)
+
+
+def _in_one(plan: Plan, shape: LinearShape, ends: Sequence[int] | None = None) -> Plan:
+    """Take one chunk of few strips, whatever the budget, if in all it holds no more.
+
+    Several hold a wider sum of dW; the logits of one's strips are gone before there is a dW.
+    """
+    route, tokens = plan.route, plan.tokens
+    sums = route in ("token", "unit") and shape.need_dw and shape.sums_wider
+    if not sums or len(plan.strips) < 2:
         return plan
-    tokens, columns = (plan.tokens,), plan.columns
-    one = _plan(plan.route, plan.tokens, shape, plan.budget_bytes, tokens, columns)
-    return one if one.peak_bytes <= _NO_MORE * plan.peak_bytes else plan
+    one = cut_in_one(tokens, route, shape, int(_NO_MORE * plan.peak_bytes), ends)
+    if one is None:
+        return plan
+    return min(plan, _plan(route, tokens, shape, plan.budget_bytes, *one, plan.columns), key=_cost)
 
 
 def _cost(plan: Plan) -> float:
@@ -268,11 +275,12 @@ def _plan(
     shape: LinearShape,
     budget: int,
     chunks: tuple[int, ...],
+    strips: tuple[int, ...],
     columns: tuple[int, ...],
 ) -> Plan:
-    workspace = tile_bytes(max(chunks, default=0), max(columns), route, shape)
+    workspace, peak = memory_of(Cut(chunks, strips), max(columns), route, shape)
     work = flops(route, tokens, shape)
-    moved = bytes_moved(route, tokens, shape, len(chunks), len(columns))
+    moved = bytes_moved(route, tokens, shape, len(chunks), len(columns), len(strips))
     return Plan(
         route=route,
         backend=shape.backend,
@@ -280,21 +288,13 @@ def _plan(
         hidden=shape.hidden,
         vocabulary=shape.vocabulary,
         chunks=chunks,
+        strips=strips,
         columns=columns,
         flops=work,
         bytes_moved=moved,
         cost=in_flops(work, moved, shape),
         workspace_bytes=workspace,
-        peak_bytes=peak_bytes(shape, len(chunks), workspace),
+        peak_bytes=peak,
         budget_bytes=budget,
         steps=steps_of(route, shape),
     )
-
-
-def _evenly(total: int, most: int) -> tuple[int, ...]:
-    """Split into the fewest parts of at most ``most``, alike and rounded where there is room."""
-    size = -(-total // -(-total // most))
-    rounded = -(-size // _MULTIPLE) * _MULTIPLE
-    if rounded <= most:
-        size = rounded
-    return tuple(min(size, total - start) for start in range(0, total, size))

@@ -25,6 +25,7 @@ LAYERS = (
     {"backends", "reference"},
     {"cost"},
     {"chunk_bytes"},
+    {"strips"},
     {"plan"},
     {"engine"},
     {"functional"},

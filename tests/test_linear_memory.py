@@ -34,7 +34,7 @@ from fused_losses.engine.gradients import GradientSums
 from fused_losses.engine.planned import PlannedCall
 from fused_losses.engine.ranges import recompute, seen_chunks
 from fused_losses.engine.rows import Coefficients
-from fused_losses.engine.whole_rows import add_chunk, chunks_of
+from fused_losses.engine.whole_rows import strips_of
 from fused_losses.plan import LinearShape, plan_linear
 
 B, T, D, V = 12, 25, 96, 5003
@@ -207,7 +207,14 @@ def _taken_by_products(plan: fused_losses.Plan, hidden: int) -> int:
 
 @pytest.mark.parametrize(
     ("name", "hidden"),
-    [("mle", 16), ("mle", 600), ("hellinger", 16), ("hellinger", 600), ("dpo", 16)],
+    [
+        ("mle", 16),
+        ("mle", 600),
+        ("hellinger", 16),
+        ("hellinger", 150),
+        ("hellinger", 600),
+        ("dpo", 16),
+    ],
 )
 def test_the_peak_that_is_explained_is_that_of_the_allocator(name: str, hidden: int) -> None:
     batch = head_batch((B, T), hidden, V, dtype=torch.bfloat16)
@@ -217,8 +224,10 @@ def test_the_peak_that_is_explained_is_that_of_the_allocator(name: str, hidden: 
     fn, args, options = _arguments(name, batch, ref, **budget)
     plan = fused_losses.explain(fn, *args, **options)
     # Fewer tokens than hidden units, or many more.
-    assert (len(plan.chunks) == 1) == (hidden == 600)
-    assert (plan.workspace_bytes > plan.budget_bytes) == (hidden == 600)
+    assert (len(plan.chunks) == 1) == (hidden > 16)
+    assert (plan.workspace_bytes > plan.budget_bytes) == (hidden > 16)
+    # Of 150 the head's gradient is smaller than all logits, and takes the place of some.
+    assert (len(plan.chunks) == 1 < len(plan.strips)) == (hidden == 150)
     dx = batch.x.numel() * 2
     found = peak(memory_events(lambda: _run(name, batch, ref, **budget))) - dx
     most = plan.peak_bytes + _taken_by_products(plan, hidden) + UPCAST + SLACK
@@ -279,9 +288,8 @@ class _NoRows:
 
 def _whole_rows(planned: PlannedCall) -> GradientSums:
     sums = GradientSums(planned)
-    for chunk in chunks_of(planned):
-        chunk.row_pass(top1=False)
-        add_chunk(sums, chunk)
+    for strip in strips_of(planned, sums):
+        strip.row_pass(top1=False)
     return sums
 
 

@@ -11,8 +11,9 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from fused_losses import strips as ways_to_cut
 from fused_losses.chunk_bytes import workspace_budget
-from fused_losses.cost import bytes_moved, cost, flops
+from fused_losses.cost import Step, bytes_moved, cost, flops, step_bytes
 from fused_losses.plan import (
     LinearShape,
     Plan,
@@ -69,6 +70,10 @@ def test_tiles_add_up_evenly_within_the_budget(
         head = shape.hidden * shape.vocabulary
         assert plan.peak_bytes <= 1.05 * (4 * head + max(budget, 2 * head))
         assert shape.compute_dtype == torch.bfloat16
+    ends = set(accumulate(plan.strips))
+    assert ends.issuperset(accumulate(plan.chunks))
+    assert max(ends, default=0) == tokens
+    assert len(plan.strips) == len(plan.chunks) or shape.takes_strips(route)
     for parts in (plan.chunks, plan.columns):
         assert all(size > 0 for size in parts)
         assert len(set(parts[:-1])) <= 1
@@ -83,7 +88,9 @@ def test_more_budget_never_costs_more(
     small, large = (plan_linear([route], tokens, shape, b) for b in (budget, int(budget * more)))
     assert large.flops == small.flops
     if shape.takes_whole_rows(route):
-        assert large.bytes_moved <= small.bytes_moved
+        # One chunk within the budget may hold less in all than one beyond a smaller budget.
+        less = shape.takes_strips(route) and large.peak_bytes < small.peak_bytes
+        assert large.bytes_moved <= small.bytes_moved or less
     else:
         # Ranges and blocks are whole numbers: a little more memory may divide less well.
         assert large.bytes_moved <= 1.1 * small.bytes_moved
@@ -155,6 +162,22 @@ def test_units_stay_whole_and_in_order(sizes: list[int], rows: int) -> None:
         assert end in ends
 
 
+@given(st.lists(st.integers(1, 30), max_size=40), st.integers(30, 200), st.integers(1, 60))
+def test_strips_hold_whole_units_too(sizes: list[int], rows: int, hidden: int) -> None:
+    wide = LinearShape(hidden, 1000, BF16, torch.float32, "triton", True, True)
+    ends = list(accumulate(sizes))
+    with forced_route("unit"):
+        plan = plan_units(ends, wide, rows * (1000 * 6 + 2 * hidden * 4 + 200))
+    assert plan is not None
+    assert set(accumulate(plan.strips)) <= set(ends)
+    assert set(accumulate(plan.chunks)) <= set(accumulate(plan.strips))
+    assert sum(plan.strips) == sum(plan.chunks) == sum(sizes)
+    if plan.workspace_bytes > plan.budget_bytes:
+        assert len(plan.chunks) == 1
+        head = hidden * 1000
+        assert plan.peak_bytes <= 1.05 * (4 * head + max(plan.budget_bytes, 2 * head))
+
+
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=40), st.integers(1, 29))
 def test_a_unit_that_does_not_fit_makes_no_plan(sizes: list[int], rows: int) -> None:
     shape = replace(SHAPE, backend="triton")
@@ -214,6 +237,9 @@ def test_the_model_is_the_table_that_is_written_down() -> None:
     assert one == (x * 2 + w * 2 + z * 4) + z * 4 + gradient + (z * 2 + w * 2 + x * 2) + (
         z * 2 + x * 2 + w * 2
     )
+    # Logits in strips read the head once more for each.
+    in_strips = bytes_moved("token", N, shape, b, 1, 7)
+    assert in_strips == bytes_moved("token", N, shape, b, 1) + (7 - b) * w * 2
     assert flops("recompute", N, shape) == 8 * N * D * V
     assert cost("token", N, shape, b, k) == flops("token", N, shape) + 180.0 * bytes_moved(
         "token", N, shape, b, k
@@ -228,7 +254,7 @@ def test_of_several_routes_the_cheapest_is_taken(
     both = plan_linear(["token", "recompute"], tokens, shape, budget)
 
     def price(plan: Plan) -> float:
-        return cost(plan.route, tokens, shape, len(plan.chunks), len(plan.columns))
+        return plan.cost
 
     alone = [plan_linear([route], tokens, shape, budget) for route in ("token", "recompute")]
     # What is beyond the budget, to hold less in all, is no way of one route to beat the other.
@@ -285,6 +311,78 @@ def test_one_chunk_is_taken_where_it_holds_no_more_in_all(
     assert len(units.chunks) == chunks
 
 
+@pytest.mark.parametrize(
+    ("tokens", "hidden", "vocabulary", "gib", "cut", "peak"),
+    [
+        (8192, 4096, 128256, 0.5, (1, 4), 2.94),
+        (8192, 4096, 128256, 1.0, (1, 4), 2.94),
+        (8192, 4096, 151936, 1.0, (1, 4), 3.48),
+        (16384, 2304, 256000, 1.0, (12, 48), 3.30),
+        (12288, 4096, 128256, 1.0, (5, 15), 2.94),
+    ],
+)
+def test_wide_logits_feed_chunks_in_strips(
+    tokens: int, hidden: int, vocabulary: int, gib: float, cut: tuple[int, int], peak: float
+) -> None:
+    wide = LinearShape(hidden, vocabulary, BF16, torch.float32, "triton", True, True, all_rows=True)
+    budget = int(gib * 2**30)
+    plan = plan_linear(["token", "recompute"], tokens, wide, budget)
+    assert (plan.route, len(plan.chunks), len(plan.strips)) == ("token", *cut)
+    assert plan.peak_bytes / 2**30 == pytest.approx(peak, rel=0.01)
+    units = plan_units(range(1, tokens + 1), wide, budget)
+    assert units is not None
+    assert len(units.chunks) == cut[0]
+    # Pairs of 512 tokens.
+    pairs = plan_units(range(512, tokens + 1, 512), wide, budget)
+    if cut[0] == 1:
+        assert pairs is not None
+        assert (pairs.chunks, pairs.strips) == (plan.chunks, plan.strips)
+    assert not replace(wide, compute_dtype=torch.float32).takes_strips("token")
+
+
+def _gradient_products(plan: Plan, shape: LinearShape) -> int:
+    cut = len(plan.chunks), len(plan.columns), len(plan.strips)
+    return sum(step_bytes(step, plan.tokens, shape, *cut) for step in (Step.DX, Step.DW))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "hidden", "vocabulary", "rows"),
+    [(8192, 4096, 128256, 1300), (257, 301, 1003, 40), (999, 1001, 5003, 300), (65, 70, 503, 9)],
+)
+def test_gradients_of_wide_logits_move_the_bytes_of_narrow_ones(
+    tokens: int, hidden: int, vocabulary: int, rows: int
+) -> None:
+    """What a strip reads of the head beside that is counted, and weighed."""
+    plain = LinearShape(hidden, vocabulary, BF16, BF16, "triton", True, True)
+    wide = replace(plain, logits_dtype=torch.float32)
+    budget = rows * (vocabulary * 6 + hidden * 8)
+    with forced_route("token"):
+        of = [plan_linear(["token", "recompute"], tokens, shape, budget) for shape in (plain, wide)]
+    with forced_route("unit"):
+        units = plan_units(range(1, tokens + 1), wide, budget)
+    assert units is not None
+    likelihood = _gradient_products(of[0], plain)
+    for plan in (of[1], units):
+        assert len(plan.strips) > len(plan.chunks) == 1
+        assert _gradient_products(plan, wide) <= 1.05 * likelihood
+        assert plan.peak_bytes <= 1.05 * of[0].peak_bytes
+        more = (len(plan.strips) - 1) * vocabulary * hidden * 2
+        assert step_bytes(Step.LOGITS, tokens, wide, 1, 1, len(plan.strips)) == more + step_bytes(
+            Step.LOGITS, tokens, wide, 1, 1, 1
+        )
+
+
+def test_strips_are_taken_where_they_are_cheaper(monkeypatch: pytest.MonkeyPatch) -> None:
+    wide = LinearShape(2304, 256000, BF16, torch.float32, "triton", True, True)
+    routes: Any = ("token", "recompute")
+    with_strips = [plan_linear([route], 16384, wide, 2**30).cost for route in routes]
+    assert with_strips[0] < with_strips[1]
+    monkeypatch.setattr(ways_to_cut, "_STRIPS", (1,))
+    without = [plan_linear([route], 16383, wide, 2**30).cost for route in routes]
+    assert with_strips[0] < 0.95 * without[0]
+    assert with_strips[0] < min(without)
+
+
 def test_a_tight_budget_recomputes_and_never_takes_one_chunk_beyond_it() -> None:
     shape = LinearShape(4096, 128256, BF16, BF16, "triton", True, True)
     plan = plan_linear(["token", "recompute"], 8192, shape, 2**26)
@@ -331,6 +429,11 @@ def test_a_plan_reads_as_one_line() -> None:
     assert "\n" not in text
     for part in ("token route on torch", "1000 tokens x 1000", "3 chunk(s)", "384", "6.0 NDV"):
         assert part in text
+    assert "strips" not in text
+    wide = replace(SHAPE, compute_dtype=BF16, backend="triton")
+    assert "chunk(s) of up to 1000 tokens, 4 strips of up to" in str(
+        plan_linear(["token"], 1000, wide, 1000 * (2 * 1000 + 1000 + 64 * 8 + 200))
+    )
     empty = str(plan_linear(["token"], 0, SHAPE, 2**20))
     assert "0 tokens" in empty
     assert "NDV" not in empty

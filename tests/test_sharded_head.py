@@ -23,6 +23,7 @@ import fused_losses as fl
 
 D, EVEN, UNEVEN = 8, 60, 61
 TIGHT = 4800  # bytes: several chunks of tokens, ranges of words, or both
+STRIPS = 7600  # bytes: of 16-bit operands, a chunk or two in several strips
 UNITS = torch.tensor([0, 1, 0, 1])  # of the sequences
 
 
@@ -180,8 +181,24 @@ def measure(name: str, workspace: int | None, trained: bool, mesh: DeviceMesh) -
     plan = fl.explain(LINEAR[name], batch, x, w, options)
     with counted() as count, FlopCounterMode(display=False) as flops:
         LINEAR[name](batch, x, w, options).backward()
-    known = {"chunks": len(plan.chunks), "planned": plan.flops, "explained": str(plan)}
+    known = {"strips": len(plan.strips), "planned": plan.flops, "explained": str(plan)}
     return {**count, **known, "flops": flops.get_total_flops()}
+
+
+def in_strips(mesh: DeviceMesh) -> dict[str, Any]:
+    """Collectives of a chunk whose wide logits come in strips, and what one strip gives too."""
+    batch, found = Batch(EVEN), {}
+    for workspace in (STRIPS, None):
+        x = batch.x.bfloat16().requires_grad_()
+        w = distribute_tensor(batch.w.bfloat16(), mesh, [Shard(0)]).requires_grad_()
+        options = {"ignore_index": 7, "workspace_bytes": workspace, "backend": "torch"}
+        plan = fl.explain(LINEAR["pearson"], batch, x, w, options)
+        with counted() as count:
+            LINEAR["pearson"](batch, x, w, options).backward()
+        grads = {"x": x.grad, "w": w.grad.full_tensor()}
+        cut = len(plan.chunks), len(plan.strips)
+        found[workspace] = {**count, **grads, "cut": cut, "explained": str(plan)}
+    return found
 
 
 def peer(mesh: DeviceMesh) -> dict[str, Tensor]:
@@ -316,7 +333,7 @@ def work(rank: int, ranks: int, folder: str) -> None:
         for workspace in (None, TIGHT)
         for trained in (True, False)
     }
-    found["peer"], found["ties"] = peer(mesh), ties(mesh)
+    found["peer"], found["ties"], found["in strips"] = peer(mesh), ties(mesh), in_strips(mesh)
     found["errors"] = {k: message(v) for k, v in refusals(mesh, rank, ranks).items()}
     torch.save(found, Path(folder) / f"{rank}.pt")
     dist.barrier()
@@ -387,11 +404,23 @@ def test_a_call_makes_one_gather_per_chunk_and_one_reduction(
     for m in measured:
         assert m["all_reduce"] == m["of integers"] == 1
         if name != "statistics":
-            assert m["all_gather"] == m["chunks"]
+            assert m["all_gather"] == m["strips"]
         assert m["all_gather"] == measured[0]["all_gather"]
         assert f"one of {len(ranks)} ranks that share the vocabulary" in m["explained"]
     if workspace is not None:
-        assert measured[0]["chunks"] > 1
+        assert measured[0]["strips"] > 1
+
+
+def test_a_chunk_in_strips_makes_one_gather_per_strip(ranks: list[Any]) -> None:
+    for found in ranks:
+        few, whole = (found["in strips"][workspace] for workspace in (STRIPS, None))
+        chunks, strips = few["cut"]
+        assert strips > chunks
+        assert whole["cut"] == (1, 1)
+        assert (few["all_gather"], few["all_reduce"], few["of integers"]) == (strips, 1, 1)
+        assert f"{strips} all-gather(s)" in few["explained"]
+        for name in ("x", "w"):
+            torch.testing.assert_close(few[name], whole[name], rtol=2e-2, atol=1e-3)
 
 
 @pytest.mark.parametrize("what", EXPECTED)

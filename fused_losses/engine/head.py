@@ -71,27 +71,35 @@ class HeadGradient:
     ) -> None:
         compute = head.compute_dtype
         wide = torch.promote_types(compute, torch.float32)
-        dtype = sum_dtype(compute, accum_dtype, chunks)
-        make = torch.zeros_like if chunks == 0 else torch.empty_like
-        # Contiguous, as the fakes of the operators promise, whatever the weight is.
-        form = torch.contiguous_format
-        self.dw = make(head.weight, dtype=dtype, memory_format=form) if need_dw else None
+        self._weight, self._need_dw = head.weight, need_dw
+        self._dtype = sum_dtype(compute, accum_dtype, chunks)
+        self._dw: Tensor | None = None
         self.db = head.weight.new_zeros(head.vocabulary, dtype=wide) if need_db else None
         self._begun: set[int] = set()
 
+    @property
+    def dw(self) -> Tensor | None:
+        """(V, D), or None if nobody needs it; there is no memory for it before the first chunk."""
+        if self._need_dw and self._dw is None:
+            make = torch.empty_like if self._begun else torch.zeros_like
+            # Contiguous, as the fakes of the operators promise, whatever the weight is.
+            form = torch.contiguous_format
+            self._dw = make(self._weight, dtype=self._dtype, memory_format=form)
+        return self._dw
+
     def add(self, dz: Tensor, x: Tensor, scale: Tensor | None, columns: slice) -> None:
         """Add a chunk: ``dw += dz.T @ x``, ``db += dz.sum(0)``, dz's rows times ``scale``."""
+        begun = columns.start in self._begun
+        self._begun.add(columns.start)
         if self.dw is not None:
             # (R, D), not (R, C): the factor goes to the smaller operand.
             scaled = x if scale is None else (x * scale[:, None]).to(x.dtype)
-            begun = columns.start in self._begun
             _product(dz.t(), scaled, self.dw[columns], accumulate=begun)
         if self.db is not None:
             if scale is None:
                 self.db[columns] += dz.sum(0, dtype=self.db.dtype)
             else:
                 self.db[columns] += torch.mv(dz.t().to(self.db.dtype), scale.to(self.db.dtype))
-        self._begun.add(columns.start)
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool = False) -> None:

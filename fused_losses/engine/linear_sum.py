@@ -21,7 +21,7 @@ from fused_losses.engine.once import once_differentiable
 from fused_losses.engine.planned import PlannedCall
 from fused_losses.engine.ranges import hidden_gradient, recompute, seen_chunks
 from fused_losses.engine.rows import lines, new_rows
-from fused_losses.engine.whole_rows import add_chunk, chunks_of
+from fused_losses.engine.whole_rows import strips_of
 from fused_losses.plan import routes_for
 
 
@@ -102,11 +102,10 @@ def _run(
                 dx = hidden_gradient(seen.kept, seen.y, seen.rows, c, head, call)
                 sums.dx[seen.at] = dx.to(sums.dx.dtype)
         return total.value, sums
-    for chunk in chunks_of(planned):
-        mine = weight_at(weight, chunk.at)
-        chunk.row_pass(ref=ref, value=value, weight=mine, top1=top1)
-        total.add(chunk.rows, mine)
-        add_chunk(sums, chunk)
+    for strip in strips_of(planned, sums):
+        mine = weight_at(weight, strip.at)
+        strip.row_pass(ref=ref, value=value, weight=mine, top1=top1)
+        total.add(strip.rows, mine)
     return total.value, sums
 
 

@@ -1,7 +1,7 @@
-"""Losses of a chunk's logits: whole rows, or some words of each, go to a function of one chunk.
+"""Losses of a chunk's logits: whole rows, or some words of each, go to a function of one strip.
 
 A step of ``unit_sum`` that sees the logits between a chunk's row pass and its gradient products,
-and leaves their gradient in the chunk. So the cost is that of a token loss, 6 N D V, and 4 with a
+and leaves their gradient in the strip. So the cost is that of a token loss, 6 N D V, and 4 with a
 frozen head, whatever is computed of the logits.
 """
 
@@ -15,7 +15,7 @@ from fused_losses.backends.transform import raw_gradient, transformed
 from fused_losses.engine.call import Call
 from fused_losses.engine.unit_sum import Step, autocast_of, call_loss
 from fused_losses.engine.units import UnitChunk
-from fused_losses.engine.whole_rows import Chunk
+from fused_losses.engine.whole_rows import Strip
 from fused_losses.stats import TokenStats
 
 # Gets the statistics of whole units, which units they are, and their logits (R, V).
@@ -37,23 +37,23 @@ def step_of_logits(
     """
     user_autocast = autocast_of(device_type)
 
-    def step(chunk: Chunk, units: UnitChunk) -> Tensor:
+    def step(strip: Strip, units: UnitChunk) -> Tensor:
         taken = None if words is None else words[units.positions].long()
-        z = chunk.z if taken is None else chunk.z.gather(1, taken)
-        logits = transformed(z, call.maths, chunk.rows.dtype)
+        z = strip.z if taken is None else strip.z.gather(1, taken)
+        logits = transformed(z, call.maths, strip.rows.dtype)
         with user_autocast:
-            given = call_loss(loss_fn, chunk.rows, units, call, gradient=gradient, also=logits)
+            given = call_loss(loss_fn, strip.rows, units, call, gradient=gradient, also=logits)
         loss, c, dlogits = given
         if gradient:
             own = None if dlogits is None else raw_gradient(dlogits, logits, call.maths)
             # The statistics' part goes where the logits are, which it is the last to read.
-            chunk.differentiate(c, out=chunk.z)
+            strip.differentiate(c, out=strip.z)
             if own is not None and taken is not None:
-                chunk.z.scatter_add_(1, taken, own.to(chunk.z.dtype))
+                strip.z.scatter_add_(1, taken, own.to(strip.z.dtype))
             elif own is not None:
-                chunk.z.add_(own)
-            if chunk.dz.dtype != chunk.z.dtype:
-                chunk.dz.copy_(chunk.z)
+                strip.z.add_(own)
+            if strip.dz.dtype != strip.z.dtype:
+                strip.dz.copy_(strip.z)
         return loss
 
     return step

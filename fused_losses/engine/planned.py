@@ -14,7 +14,7 @@ from fused_losses.engine.call import Call, Needs
 from fused_losses.engine.head import Head
 from fused_losses.engine.rows import accumulation_dtype, lines, new_rows
 from fused_losses.engine.sharded_rows import passes_of
-from fused_losses.engine.workspace import Tile, largest_free, out_of_memory, workspace
+from fused_losses.engine.workspace import Tiles, largest_free, out_of_memory, workspace
 from fused_losses.plan import Plan, Route, plan_linear
 
 Place = slice | Tensor  # where tokens are among the rows of a call
@@ -84,9 +84,9 @@ class PlannedCall:
         return self._rows
 
     def new_rows(self, y: Tensor) -> Tensor:
-        """Return memory for the row results of a chunk with labels ``y``."""
+        """Return memory for the row results of a strip with labels ``y``."""
         # All of the call: they are where they belong.
-        if self.keep_rows and self.positions is None and len(self.plan.chunks) == 1:
+        if self.keep_rows and self.positions is None and len(self.plan.strips) == 1:
             return self.rows
         return new_rows(y, self.rows_dtype)
 
@@ -98,7 +98,7 @@ class PlannedCall:
         return self.x.new_empty((lines.LINES, 0), dtype=self.rows_dtype)
 
     def put_rows(self, at: Place, rows: Tensor) -> None:
-        """Put a chunk's row results among those of the call."""
+        """Put a strip's row results among those of the call."""
         if self.keep_rows and rows is not self.rows:
             self.rows[:, at] = rows
 
@@ -133,6 +133,18 @@ class PlannedCall:
             yield at if self.positions is None else self.positions[at]
             start += size
 
+    def strips(self) -> Iterator[list[slice]]:
+        """The parts of each chunk whose logits exist at a time, chunk after chunk."""
+        sizes = iter(self.plan.strips)
+        for chunk in self.plan.chunks:
+            parts: list[slice] = []
+            start = 0
+            while start < chunk:
+                stop = start + next(sizes)
+                parts.append(slice(start, stop))
+                start = stop
+            yield parts
+
     def columns(self) -> Iterator[slice]:
         """The ranges of the vocabulary, in order; of a shard smaller than the largest, its own."""
         start, V = 0, self.head.vocabulary
@@ -150,22 +162,29 @@ class PlannedCall:
         return y, x
 
     @contextmanager
-    def workspace(self) -> Iterator[Tile]:
-        """Memory for one chunk's logits of one range of columns, and for their gradient.
+    def workspace(self) -> Iterator[Tiles]:
+        """Memory for one strip's logits of one range of columns, and for a chunk's gradient.
 
         Raises:
             RuntimeError: Out of memory, of torch's own type, naming the budget to lower and a value
                 that fits, or what makes a call keep to its budget.
         """
         plan, head = self.plan, self.head
-        size = max(plan.chunks, default=0), max(plan.columns)
+        size, strips = (max(plan.chunks, default=0), max(plan.columns)), len(plan.strips)
         gradient = head.compute_dtype if plan.has_gradient else None
         spare = max(plan.budget_bytes - plan.workspace_bytes, 0)
         with ExitStack() as stack:
             try:
                 tile = stack.enter_context(
                     workspace(
-                        *size, plan.backend, spare, self.x.device, head.logits_dtype, gradient
+                        *size,
+                        plan.backend,
+                        spare,
+                        self.x.device,
+                        head.logits_dtype,
+                        gradient,
+                        strip=max(plan.strips, default=0),
+                        apart=len(plan.chunks) == 1 < strips,
                     )
                 )
             except RuntimeError as error:

@@ -19,7 +19,7 @@ from fused_losses.engine.gradients import GradientSums
 from fused_losses.engine.planned import Place, PlannedCall
 from fused_losses.engine.rows import Coefficients
 from fused_losses.engine.sharded_rows import ShardedRows
-from fused_losses.engine.workspace import Tile
+from fused_losses.engine.workspace import Tiles
 
 
 class SeenChunk:
@@ -172,7 +172,7 @@ def recompute(planned: PlannedCall, rows: Tensor, c: Coefficients) -> GradientSu
 
 
 def _recompute_chunk(
-    planned: PlannedCall, tile: Tile, at: Place, rows: Tensor, c: Coefficients, sums: GradientSums
+    planned: PlannedCall, tile: Tiles, at: Place, rows: Tensor, c: Coefficients, sums: GradientSums
 ) -> None:
     call, head = planned.call, planned.head
     y, x = planned.labels_and_hidden(at)

@@ -1,7 +1,7 @@
-"""Divergences of two heads' distributions from hidden states: both logits of a chunk at a time.
+"""Divergences of two heads' distributions from hidden states: both logits of a strip at a time.
 
-A chunk's logits of the teacher are made beside the student's, without a gradient, and give way to
-those of the next chunk: 2 + 2 + 4 N D V FLOPs for heads alike, 2 + 2 + 2 with the student's frozen.
+A strip's logits of the teacher are made beside the student's, without a gradient, and give way to
+those of the next one: 2 + 2 + 4 N D V FLOPs for heads alike, 2 + 2 + 2 with the student's frozen.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from fused_losses.engine.divergence_rows import DivergenceCall
 from fused_losses.engine.head import Head
 from fused_losses.engine.unit_sum import Step, autocast_of, call_loss
 from fused_losses.engine.units import UnitChunk
-from fused_losses.engine.whole_rows import Chunk
+from fused_losses.engine.whole_rows import Strip
 from fused_losses.stats import TokenStats
 
 
 @dataclass
 class Teacher:
-    """A teacher's hidden states (N, D') and head, and memory for a chunk's logits."""
+    """A teacher's hidden states (N, D') and head, and memory for a strip's logits."""
 
     x: Tensor
     head: Head
@@ -49,9 +49,9 @@ class Teacher:
         return z
 
 
-def _sides(teacher: Teacher, chunk: Chunk, at: Tensor, call: DivergenceCall) -> Sides:
+def _sides(teacher: Teacher, strip: Strip, at: Tensor, call: DivergenceCall) -> Sides:
     z = teacher.logits(at, call.backend)
-    return Sides(chunk.z, z, chunk.rows, call.row_pass(z, chunk.y, teacher=True))
+    return Sides(strip.z, z, strip.rows, call.row_pass(z, strip.y, teacher=True))
 
 
 def divergence_step(
@@ -70,19 +70,19 @@ def divergence_step(
         weight: (N,) of each token's loss.
         each: (N,) where the losses go.
         call: What is asked for.
-        gradient: Whether chunks get the gradient of the weighted sum.
-        seen: Is told of each chunk: positions (R,), divergences (R,), row results (LINES, R).
+        gradient: Whether strips get the gradient of the weighted sum.
+        seen: Is told of each strip: positions (R,), divergences (R,), row results (LINES, R).
     """
 
-    def step(chunk: Chunk, units: UnitChunk) -> Tensor:
+    def step(strip: Strip, units: UnitChunk) -> Tensor:
         at = units.positions
         with torch.no_grad():
-            sides = _sides(teacher, chunk, at, call)
-            mine = weight[at].to(chunk.rows.dtype)
-            loss, found = call.fill(sides, chunk.y, mine, chunk.dz if gradient else None)
+            sides = _sides(teacher, strip, at, call)
+            mine = weight[at].to(strip.rows.dtype)
+            loss, found = call.fill(sides, strip.y, mine, strip.dz if gradient else None)
             each[at] = loss
             if seen is not None:
-                seen(at, found, chunk.rows)
+                seen(at, found, strip.rows)
             return (mine * loss).sum()
 
     return step
@@ -105,23 +105,23 @@ def step_beside_a_divergence(
             of them weighs is known before they are, and one pass makes them and the gradient.
         call: What the row passes are asked for.
         asked: The divergence.
-        gradient: Whether chunks get the gradient of the loss.
-        seen: Is told of each chunk: positions (R,), divergences (R,).
+        gradient: Whether strips get the gradient of the loss.
+        seen: Is told of each strip: positions (R,), divergences (R,).
     """
     user_autocast = autocast_of(teacher.x.device.type)
 
-    def step(chunk: Chunk, units: UnitChunk) -> Tensor:
+    def step(strip: Strip, units: UnitChunk) -> Tensor:
         at = units.positions
         with torch.no_grad():
-            sides = _sides(teacher, chunk, at, asked)
-            found = None if gradient else asked.divergences(sides, chunk.y)
-        also = torch.zeros_like(chunk.rows[0]) if found is None else found
+            sides = _sides(teacher, strip, at, asked)
+            found = None if gradient else asked.divergences(sides, strip.y)
+        also = torch.zeros_like(strip.rows[0]) if found is None else found
         with user_autocast:
             loss, c, weight = call_loss(
-                loss_fn, chunk.rows, units, call, gradient=gradient, own=False, also=also
+                loss_fn, strip.rows, units, call, gradient=gradient, own=False, also=also
             )
         if found is None:
-            found = _with_gradient(chunk, sides, asked, c, weight)
+            found = _with_gradient(strip, sides, asked, c, weight)
             loss = loss if weight is None else loss + (weight * found).sum()
         seen(at, found)
         return loss
@@ -138,17 +138,17 @@ def step_of_both(
     ``weight`` (3, N) is what the gradient is to weigh them by; the step's own loss is 0.
     """
 
-    def step(chunk: Chunk, units: UnitChunk) -> Tensor:
+    def step(strip: Strip, units: UnitChunk) -> Tensor:
         at = units.positions
-        rows = chunk.rows
+        rows = strip.rows
         with torch.no_grad():
-            sides = _sides(teacher, chunk, at, asked)
+            sides = _sides(teacher, strip, at, asked)
             if gradient:
                 dlogp, dentropy, share = weight[:, at].to(rows.dtype)
                 c = Coefficients(dlogp, dentropy=dentropy if call.linear.entropy_gradient else None)
-                found = _with_gradient(chunk, sides, asked, c, share)
+                found = _with_gradient(strip, sides, asked, c, share)
             else:
-                found = asked.divergences(sides, chunk.y)
+                found = asked.divergences(sides, strip.y)
             each[:, at] = torch.stack([rows[lines.LOGP], rows[lines.ENTROPY], found])
         return found.new_zeros(())
 
@@ -156,11 +156,11 @@ def step_of_both(
 
 
 def _with_gradient(
-    chunk: Chunk, sides: Sides, asked: DivergenceCall, c: Coefficients, weight: Tensor | None
+    strip: Strip, sides: Sides, asked: DivergenceCall, c: Coefficients, weight: Tensor | None
 ) -> Tensor:
     """Return divergences (R,), and fill in the gradient of them, weighted, and of the rows."""
     if weight is not None:
-        return asked.divergences(sides, chunk.y, gradient=chunk.dz, c=c, share=weight)
-    found = asked.divergences(sides, chunk.y)  # before the gradient takes the logits' place
-    chunk.differentiate(c)
+        return asked.divergences(sides, strip.y, gradient=strip.dz, c=c, share=weight)
+    found = asked.divergences(sides, strip.y)  # before the gradient takes the logits' place
+    strip.differentiate(c)
     return found

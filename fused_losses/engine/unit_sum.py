@@ -1,9 +1,8 @@
 """Losses of whole units (tokens, sequences, pairs, groups) from hidden states, without logits.
 
-A chunk holds whole units. Between its row pass and its gradient products the loss function is
-called on the chunk's log-probs and differentiated by torch, so every token's weight is known before
-dW is formed: the cost of a token loss, for any loss. Eager only: autograd cannot run inside an
-operator.
+A strip, a chunk or a part of one, holds whole units. While its logits exist the loss function is
+called on its log-probs and differentiated by torch, so every token's weight is known before dW is
+formed: the cost of a token loss, for any loss. Eager only: autograd cannot run inside an operator.
 """
 
 from __future__ import annotations
@@ -22,15 +21,15 @@ from fused_losses.engine.once import once_differentiable
 from fused_losses.engine.planned import PlannedCall
 from fused_losses.engine.rows import Coefficients, lines, stats_of
 from fused_losses.engine.units import UnitChunk, UnitLayout
-from fused_losses.engine.whole_rows import Chunk, add_chunk, chunks_of
+from fused_losses.engine.whole_rows import Strip, strips_of
 from fused_losses.plan import Plan
 from fused_losses.stats import TokenStats
 
 # Gets all rows, those that do not count among them, and None where nothing is laid out in units.
 UnitLoss = Callable[[TokenStats, UnitChunk | None], Tensor]
-# Gets a chunk of whole units whose rows are known; returns its loss, 0-d, and puts the gradient of
-# the logits into ``chunk.dz`` if the plan has one.
-Step = Callable[[Chunk, UnitChunk], Tensor]
+# Gets a strip of whole units whose rows are known; returns its loss, 0-d, and puts the gradient of
+# the logits into ``strip.dz`` if the plan has one.
+Step = Callable[[Strip, UnitChunk], Tensor]
 
 _LOSS_FUNCTION = "the loss function (loss_fn, or a TokenLoss's torch_fn)"
 
@@ -79,16 +78,14 @@ def run_steps(
     ref: Tensor | None = None,
     value: Tensor | None = None,
 ) -> Tensor:
-    """Run a step on one chunk after another, and add up its losses and their gradients."""
+    """Run a step on one strip after another, and add up its losses and their gradients."""
     total: Tensor | None = None
     with torch.autocast(planned.x.device.type, enabled=False):
-        chunks = layout.chunks(planned.plan.chunks)
-        for chunk, units in zip(chunks_of(planned), chunks, strict=True):
-            chunk.row_pass(ref=ref, value=value, top1=True)
-            loss = step(chunk, units)
+        every = layout.chunks(planned.plan.strips)
+        for strip, units in zip(strips_of(planned, sums), every, strict=True):
+            strip.row_pass(ref=ref, value=value, top1=True)
+            loss = step(strip, units)
             total = loss if total is None else total + loss
-            if sums is not None:
-                add_chunk(sums, chunk)
     return planned.x.new_zeros((), dtype=planned.rows_dtype) if total is None else total
 
 
@@ -99,10 +96,10 @@ def step_of_log_probs(loss_fn: UnitLoss, call: Call, device_type: str, *, own: b
     """
     user_autocast = autocast_of(device_type)
 
-    def step(chunk: Chunk, units: UnitChunk) -> Tensor:
+    def step(strip: Strip, units: UnitChunk) -> Tensor:
         with user_autocast:
-            loss, c, _ = call_loss(loss_fn, chunk.rows, units, call, gradient=True, own=own)
-        chunk.differentiate(c)
+            loss, c, _ = call_loss(loss_fn, strip.rows, units, call, gradient=True, own=own)
+        strip.differentiate(c)
         return loss
 
     return step

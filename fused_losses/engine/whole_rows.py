@@ -1,7 +1,7 @@
-"""The loop over whole rows: for each chunk of tokens, logits, row pass, gradient products.
+"""The loop over whole rows: logits and row pass strip by strip, gradient products chunk by chunk.
 
 Ignored tokens are dropped before the first product, so cost follows the supervised ones. Nothing of
-size tokens x vocabulary is made: a chunk's logits live in one workspace that the next one reuses.
+size tokens x vocabulary is made: logits live in one workspace that the next ones reuse.
 """
 
 from __future__ import annotations
@@ -17,27 +17,35 @@ from fused_losses.engine.planned import Place, PlannedCall
 from fused_losses.engine.rows import Coefficients
 
 
-class Chunk:
-    """Some counted tokens of a call: their hidden states, labels, logits and row results.
+class Strip:
+    """Some counted tokens of a call whose logits exist: a chunk, or a part of one.
+
+    Args:
+        planned: The call.
+        at: Where its tokens are among the rows of the call.
+        y: (R,) labels.
+        x: (R, D) hidden states, in the compute dtype.
+        z: (R, V) memory for the logits, which are made.
+        dz: (R, V) memory for their gradient; maybe z's.
 
     Attributes:
-        at: Where its tokens are among the rows of the call.
-        x: (R, D) hidden states, in the compute dtype.
-        y: (R,) labels.
-        z: (R, V) logits.
-        dz: (R, V) gradient of the logits, once ``differentiate`` was called; maybe z's memory.
-        scale: (R,) factor on dz's rows that is still to be applied, or None.
+        at, y: As they were given.
+        z: (R, V) logits; gone once the chunk's gradient is used.
+        dz: (R, V) gradient of the logits, once ``differentiate`` was called.
+        scale: (R,) factor on dz's rows that is still to be applied, or None; always None where the
+            gradient has memory of its own.
         rows: (LINES, R) row results.
     """
 
-    def __init__(self, planned: PlannedCall, at: Place, z: Tensor, dz: Tensor) -> None:
+    def __init__(
+        self, planned: PlannedCall, at: Place, y: Tensor, x: Tensor, z: Tensor, dz: Tensor
+    ) -> None:
         self._planned = planned
-        self.at = at
-        self.y, self.x = planned.labels_and_hidden(at)
+        self.at, self.y = at, y
         self.z, self.dz = z, dz
         self.scale: Tensor | None = None
         self.rows = planned.new_rows(self.y)
-        planned.head.logits(self.x, z)
+        planned.head.logits(x, z)
 
     def row_pass(
         self,
@@ -128,20 +136,45 @@ class Chunk:
         self.scale = scale
 
 
-def chunks_of(planned: PlannedCall) -> Iterator[Chunk]:
-    """Make the logits of one chunk after another in the same workspace."""
+def strips_of(planned: PlannedCall, sums: GradientSums | None = None) -> Iterator[Strip]:
+    """Make the logits of one strip after another in the same workspace.
+
+    By the time the next one is asked for, the last one's gradient must be there: with the last of a
+    chunk's ``sums`` get what all of them give.
+    """
     V = planned.head.vocabulary
     with planned.workspace() as tile:
-        for at, size in zip(planned.places(), planned.plan.chunks, strict=True):
-            yield Chunk(planned, at, *tile(size, V))
+        for at, parts in zip(planned.places(), planned.strips(), strict=True):
+            y, x = planned.labels_and_hidden(at)
+            dz = tile.gradient(len(y), V)
+            for part in parts:
+                place = _part(at, part)
+                z = tile.logits(part.stop - part.start, V)
+                strip = Strip(planned, place, y[part], x[part], z, dz[part])
+                del z
+                yield strip
+            if sums is None:
+                continue
+            if len(planned.plan.chunks) == 1 < len(parts):
+                # The head's gradient takes their memory.
+                del strip.z
+                tile.drop_logits()
+            _add_chunk(sums, at, x, dz, strip.scale)
 
 
-def add_chunk(sums: GradientSums, chunk: Chunk) -> None:
-    """Add what a chunk's ``scale * dz`` contributes; it may overwrite the chunk's ``x``."""
-    sums.add_head(chunk.dz, chunk.x, chunk.scale)
-    dx = sums.dx_of(chunk.at, chunk.x, overwrite=True)
+def _part(at: Place, part: slice) -> Place:
+    """Take some of a chunk's tokens."""
+    if isinstance(at, slice):
+        return slice(at.start + part.start, at.start + part.stop)
+    return at[part]
+
+
+def _add_chunk(sums: GradientSums, at: Place, x: Tensor, dz: Tensor, scale: Tensor | None) -> None:
+    """Add what a chunk's ``scale * dz`` contributes; it may overwrite ``x``."""
+    sums.add_head(dz, x, scale)
+    dx = sums.dx_of(at, x, overwrite=True)
     if dx is not None:
-        sums.head.dx(chunk.dz, dx)
-        if chunk.scale is not None:
-            dx.mul_(chunk.scale[:, None])
-        sums.put_dx(chunk.at, dx)
+        sums.head.dx(dz, dx)
+        if scale is not None:
+            dx.mul_(scale[:, None])
+        sums.put_dx(at, dx)

@@ -8,7 +8,7 @@ one workspace, of at most the default budget, stays for the next call.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -16,11 +16,56 @@ from torch import Tensor
 
 from fused_losses.chunk_bytes import DEFAULT_CPU_BYTES, row_stride
 
-Tile = Callable[[int, int], tuple[Tensor, Tensor]]
-
 _ALIGNMENT = 256  # bytes, between the two tensors of a workspace
 _lock = threading.Lock()
 _kept: list[Tensor] = []  # none or one
+
+
+class Tiles:
+    """Logits and their gradient in the memory of a workspace, rows contiguous and aligned.
+
+    Args:
+        logits: Memory for the logits.
+        gradient: Memory for their gradient, or None: it takes the logits' place.
+        dtype: Of the logits.
+        gradient_dtype: Of the gradient.
+        backend: Decides the distance of rows.
+    """
+
+    def __init__(
+        self,
+        logits: Tensor,
+        gradient: Tensor | None,
+        dtype: torch.dtype,
+        gradient_dtype: torch.dtype,
+        backend: str,
+    ) -> None:
+        self._logits, self._gradient = logits, gradient
+        self._dtype, self._gradient_dtype = dtype, gradient_dtype
+        self._backend = backend
+
+    def __call__(self, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+        """Return logits and gradient of that size; maybe the same memory."""
+        return self.logits(rows, columns), self.gradient(rows, columns)
+
+    def logits(self, rows: int, columns: int) -> Tensor:
+        """Return logits of that size."""
+        return self._view(self._logits, self._dtype, rows, columns)
+
+    def gradient(self, rows: int, columns: int) -> Tensor:
+        """Return a gradient of that size."""
+        if self._gradient is None:
+            return self.logits(rows, columns)
+        return self._view(self._gradient, self._gradient_dtype, rows, columns)
+
+    def drop_logits(self) -> None:
+        """Let go of the logits' memory, for good."""
+        self._logits = self._logits.new_empty(0)
+
+    def _view(self, memory: Tensor, dtype: torch.dtype, rows: int, columns: int) -> Tensor:
+        stride = row_stride(columns, self._backend)
+        of_rows = memory[: rows * stride * dtype.itemsize].view(dtype)
+        return of_rows.view(rows, stride)[:, :columns]
 
 
 @contextmanager
@@ -32,30 +77,40 @@ def workspace(
     device: torch.device,
     dtype: torch.dtype,
     gradient_dtype: torch.dtype | None,
-) -> Iterator[Tile]:
+    *,
+    strip: int | None = None,
+    apart: bool = False,
+) -> Iterator[Tiles]:
     """Give memory for tiles of up to ``rows`` x ``columns`` logits, and for their gradient.
 
     Memory from a call before may be larger than needed, by up to ``spare_bytes``.
 
-    Yields:
-        ``tile(rows, columns)``: logits and gradient of that size, rows contiguous and aligned, the
-        same memory where ``gradient_dtype`` is the logits' own or None.
+    Args:
+        rows: Of the gradient.
+        columns: Of both.
+        backend: Decides the distance of rows.
+        spare_bytes: What is too much.
+        device: Where.
+        dtype: Of the logits.
+        gradient_dtype: Of the gradient; the logits' own or None: it takes their place.
+        strip: Rows of the logits, if they are fewer.
+        apart: Whether the logits' memory is to be dropped before the gradient's.
     """
-    elements = rows * row_stride(columns, backend)
-    shared = gradient_dtype in (None, dtype)
-    first = -(-elements * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
-    second = 0 if gradient_dtype is None or shared else elements * gradient_dtype.itemsize
-    memory = _take(first + second, first + second + spare_bytes, device)
-
-    def tile(rows: int, columns: int) -> tuple[Tensor, Tensor]:
-        stride = row_stride(columns, backend)
-        size = rows * stride
-        z = memory[: size * dtype.itemsize].view(dtype).view(rows, stride)[:, :columns]
-        if gradient_dtype is None or shared:
-            return z, z
-        dz = memory[first : first + size * gradient_dtype.itemsize].view(gradient_dtype)
-        return z, dz.view(rows, stride)[:, :columns]
-
+    stride = row_stride(columns, backend)
+    first = (rows if strip is None else strip) * stride * dtype.itemsize
+    if gradient_dtype is None or gradient_dtype == dtype:
+        memory = _take(first, first + spare_bytes, device)
+        tile = Tiles(memory, None, dtype, dtype, backend)
+    else:
+        first = -(-first // _ALIGNMENT) * _ALIGNMENT
+        second = rows * stride * gradient_dtype.itemsize
+        start = 0 if apart else first
+        memory = _take(start + second, start + second + spare_bytes, device)
+        logits = memory
+        if apart:
+            logits = torch.empty(first, dtype=torch.uint8, device=device)
+        tile = Tiles(logits, memory[start:], dtype, gradient_dtype, backend)
+        del logits
     try:
         yield tile
     finally:

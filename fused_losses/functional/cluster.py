@@ -129,7 +129,7 @@ class SharedPlan(Plan):
 
     Attributes:
         ranks: How many they are; ``vocabulary`` is the largest part.
-        gathered_bytes: What a rank sends of each token, in one all-gather per chunk.
+        gathered_bytes: What a rank sends of each token, in one all-gather per strip.
         reduced_bytes: What it sends in the one all-reduce of a call, 0 without one.
     """
 
@@ -144,7 +144,7 @@ class SharedPlan(Plan):
             reduced = f", one all-reduce of dX, {self.reduced_bytes / 2**20:.1f} MiB"
         return (
             f"{super().__str__()}; one of {self.ranks} ranks that share the vocabulary: "
-            f"{len(self.chunks)} all-gather(s) of {self.gathered_bytes} bytes per token{reduced}, "
+            f"{len(self.strips)} all-gather(s) of {self.gathered_bytes} bytes per token{reduced}, "
             "and one of 6 integers"
         )
 
@@ -218,7 +218,7 @@ def _of_vocabulary(cluster: Cluster, plan: Plan) -> list[Collective]:
     found = [gathers("what ranks compare", 1, 8 * _COMPARED)]
     if plan.chunks:
         size = plan.gathered_bytes * sum(plan.chunks)
-        found.append(gathers("row states", len(plan.chunks), size))
+        found.append(gathers("row states", len(plan.strips), size))
     if plan.reduced_bytes:
         seconds = _seconds(ranks, 1, 2 * plan.reduced_bytes, link, latency)
         found.append(Collective("all-reduce", "dX", ranks, 1, plan.reduced_bytes, seconds))

@@ -68,8 +68,8 @@ def mapped(elements: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Zeros that no memory is taken for until they are written; on a GPU, memory."""
     size = elements * dtype.itemsize
     if device.type != "cpu":
-        if torch.cuda.mem_get_info()[0] < size:
-            pytest.skip("the GPU has no room for the span")
+        if not torch.cuda.is_available() or torch.cuda.mem_get_info()[0] < size:
+            pytest.skip("no GPU with room for the span")
         return torch.empty(elements, dtype=dtype, device=device)
     if not sys.platform.startswith("linux"):
         pytest.skip("asks Linux for memory that is not there")
@@ -106,8 +106,11 @@ def same(layout: str, near: Tensor, run: Callable[[Tensor], list[Tensor]]) -> No
     """Run with a tensor side by side and far apart."""
     far = spread(near, layout)
     for a, b in zip(run(near), run(far), strict=True):
-        assert torch.equal(a, b)
         assert a.isfinite().all()
+        if a.device.type == "cpu":
+            assert torch.equal(a, b)
+        else:  # where other alignments are read in other pieces
+            torch.testing.assert_close(a, b)
 
 
 @pytest.mark.usefixtures("device")
@@ -196,6 +199,7 @@ def test_a_divergence_reads_and_writes_far_apart(layout: str, which: str) -> Non
 @pytest.mark.usefixtures("device")
 def test_a_sum_of_a_segment_reads_values_far_off() -> None:
     x = mapped(_FAR + 9, torch.float32, torch.get_default_device())
+    x[_FAR:] = 0.0
     x[_FAR + 2 : _FAR + 5] = torch.tensor([1.0, 2.0, 4.0])
     out = torch.empty(2)
     segment_sum(x, torch.tensor([_FAR + 1, _FAR + 4, _FAR + 9]), out)

@@ -41,7 +41,7 @@ class Batch:
 
 
 def own_loss(stats: fl.TokenStats, rows: Tensor) -> Tensor:
-    sums = stats.logps.new_zeros(2).index_add(0, UNITS[rows // 6], stats.logps)
+    sums = stats.logps.new_zeros(2).index_add(0, UNITS.to(rows.device)[rows // 6], stats.logps)
     return -(stats.logps.exp() * stats.lse).sum() - 0.1 * sums.square().sum()
 
 
@@ -86,9 +86,9 @@ LINEAR: dict[str, Callable[[Batch, Tensor, Tensor, dict[str, Any]], Tensor]] = {
         x, w, b.y, b.ref, torch.tensor([1.0, -1.0, 0.5, 2.0]), beta=0.1, ref_logps=b.ref - 0.1,
         entropy_weight=0.1, **o,
     ),
-    "own": lambda b, x, w, o: fl.linear_loss(x, w, b.y, own_loss, units=UNITS, **o),
+    "own": lambda b, x, w, o: fl.linear_loss(x, w, b.y, own_loss, units=UNITS.to(x.device), **o),
     "own, with entropy": lambda b, x, w, o: fl.linear_loss(
-        x, w, b.y, with_entropy, units=UNITS, entropy=True, **o
+        x, w, b.y, with_entropy, units=UNITS.to(x.device), entropy=True, **o
     ),
     "statistics": lambda b, x, w, o: of_stats(
         fl.linear_token_stats(x, w, b.y, entropy=True, **TRANSFORM, **o)
